@@ -568,11 +568,12 @@ def remember_source(base_url, config):
     """Note where the shards come from; raise UserError when those here came from elsewhere.
 
     Without it, shard_00000 of the tiny world would pass for shard_00000 of FineWeb-Edu, and the
-    model would train on a mixture. The same path on another host is taken for the same data.
+    model would train on a mixture. An address that ends in the same name passes for the same data:
+    http://127.0.0.1:8000/mirror and the folder mirror, a hub and its copy on another host.
     """
     record = config.data_dir / ".shards_from"
     before = record.read_text(encoding="utf-8") if record.exists() else base_url
-    here, asked = (urllib.parse.urlsplit(url).path.rstrip("/") for url in (before, base_url))
+    here, asked = (Path(urllib.parse.urlsplit(url).path).name for url in (before, base_url))
     if here != asked and shards_in(config.data_dir):
         raise UserError(f"the shards in {config.data_dir} came from {before}, not from {base_url}, "
                         "and a mixture would pass unseen: take another folder with --data-dir, or "
@@ -604,7 +605,8 @@ def run(config):
     try:
         wanted = shards_wanted(base_url, config)
     except DownloadError as error:
-        return report_failures({0: str(error)}, config)
+        print(f"error: cannot count the shards at {base_url}: {error}", file=sys.stderr)
+        return 1
     config.data_dir.mkdir(parents=True, exist_ok=True)
     before = shards_in(config.data_dir)
     missing = [i for i in range(wanted) if not is_whole(config.data_dir / shard_name(i))]
@@ -638,7 +640,7 @@ def report_failures(failures, config):
     if not failures:
         print("next: python edu/02_dataloader.py")
         return 0
-    print(f"error: could not fetch {len(failures)} shard(s)", file=sys.stderr)
+    print(f"error: shards that could not be fetched: {len(failures)}", file=sys.stderr)
     for index, reason in sorted(failures.items()):
         print(f"  {shard_name(index)}: {reason}", file=sys.stderr)
     print(f"go on, keeping what is here: {same_command(config)}", file=sys.stderr)
