@@ -49,6 +49,7 @@ import os
 import shutil
 import signal
 import sys
+import sysconfig
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -187,43 +188,82 @@ def atomic_write(path):
 
 # --- shared: compute-init (home: 03_check_setup.py) ---
 def autodetect_device_type():
-    """The best there is: "cuda", else "mps", else "cpu"."""
+    """The fastest kind of device present: "cuda", else "mps" (Apple), else "cpu"."""
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def compute_init(device_type=None, seed=1337):
-    """Seed, pick the device, join the other ranks: (ddp, rank, local_rank, world_size, device)."""
-    device_type = device_type or autodetect_device_type()
+def compute_init(device_type=None, seed=1337, timeout=None):
+    """Seed, pick the device, join the other ranks: (ddp, rank, local_rank, world_size, device).
+
+    Under torchrun the ranks talk by nccl on CUDA, by gloo on CPU, and share out the CPU's cores.
+    All get the same seed, so that models start equal; sample with seed + rank. timeout: timedelta
+    to wait for a rank. Raises UserError. Source: nanochat/common.py::compute_init.
+    """
     torch.manual_seed(seed)
-    ddp = "RANK" in os.environ
-    if not ddp:
-        return False, 0, 0, 1, torch.device(device_type)
-    rank, local_rank, world_size = (int(os.environ[k]) for k in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
-    device = torch.device(device_type, local_rank) if device_type == "cuda" else torch.device(device_type)
-    if device_type == "cuda":
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in names if not os.environ.get(name)]
+    ddp = any(name not in missing for name in names[:3])
+    if ddp and missing:
+        raise UserError(f"half a torchrun environment: {', '.join(missing)} not set. Start with\n"
+                        f"  torchrun --nproc_per_node=2 {sys.argv[0]}\n"
+                        "or, for one process: unset RANK LOCAL_RANK WORLD_SIZE")
+    rank, local_rank, world_size = (int(os.environ[n]) for n in names[:3]) if ddp else (0, 0, 1)
+    device_type = device_type or autodetect_device_type()
+    if ddp and device_type == "mps":
+        print0("mps cannot exchange tensors between ranks: running on the CPU instead")
+        device_type = "cpu"
+    present = {"cpu": world_size, "mps": int(torch.backends.mps.is_available()),
+               "cuda": torch.cuda.device_count()}
+    if local_rank >= present.get(device_type, 0):
+        raise UserError(f"local rank {local_rank} finds no {device_type} device of its own (there "
+                        f"are {present.get(device_type, 0)}); use --device-type cpu or fewer ranks")
+    device = torch.device(device_type, local_rank if device_type == "cuda" else None)
+    if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
-    return True, rank, local_rank, world_size, device
+    if ddp and os.environ.get("OMP_NUM_THREADS", "1") == "1":
+        # torchrun sets it to 1 where it is unset, and most cores would idle; another value is yours.
+        affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+        torch.set_num_threads(max(1, len(affinity(0)) // ranks_here))
+    if ddp:
+        backend, bound = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+        dist.init_process_group(backend, timeout=timeout, device_id=bound)
+    return ddp, rank, local_rank, world_size, device
 
 
 def compute_cleanup():
+    """Leave the process group, if there is one; torch warns of leaked resources otherwise."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def print0(*args):
-    if int(os.environ.get("RANK", 0)) == 0:
+    """Print at once, on rank 0 only."""
+    if int(os.environ.get("RANK") or 0) == 0:
         print(*args, flush=True)
 
 
 def pick_dtype(device):
-    return torch.float32, "float32, no bf16 hardware"
+    """(dtype, why): bfloat16 only where the hardware multiplies it; emulated it is a crawl."""
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        fast, why = major >= 8, f"compute capability {major}.{minor}; bf16 units came with 8.0"
+    elif device.type == "cpu":
+        wanted, has = ("amx_bf16", "avx512_bf16"), torch.cpu.get_capabilities()
+        fast = any(has.get(name) for name in wanted)
+        why = f"the CPU has {'' if fast else 'no '}bf16 units ({' or '.join(wanted)})"
+    else:
+        fast, why = False, f"float32 is the safe choice on {device.type}"
+    return (torch.bfloat16 if fast else torch.float32), why
 
 
 def has_compiler():
-    return any(shutil.which(n) for n in (os.environ.get("CXX", "g++"), "clang++"))
+    """Path of the C++ compiler that torch.compile would use on the CPU; None if it cannot work."""
+    usual = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+    header = os.path.join(sysconfig.get_path("include"), "Python.h")  # its output includes this
+    return shutil.which(os.environ.get("CXX", usual)) if os.path.exists(header) else None
 # --- end shared ---
 
 
@@ -475,26 +515,44 @@ def tokenizing_data_loader(
 
 # --- shared: block-parts (home: 04_block.py) ---
 def norm(x):
-    """RMSNorm without parameters over the last axis: x / sqrt(mean(x^2)). Any shape."""
+    """RMSNorm over the last axis, without parameters: any shape in, the same shape out.
+
+    The next linear layer can learn any scale itself, so a learned one would be idle.
+    """
+    # y = x / sqrt(mean(x^2) + eps)
     return F.rms_norm(x, (x.size(-1),))
 
 
 def precompute_rotary(seq_len, head_dim, base=10_000, device=None):
-    """cos and sin of position * frequency, each (1, T, 1, D/2) float32. Source: arXiv 2104.09864."""
-    # theta_i = base^(-2i / D)
-    theta = base ** -(torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
-    angles = torch.outer(torch.arange(seq_len, dtype=torch.float32, device=device), theta)
-    return angles.cos()[None, :, None, :], angles.sin()[None, :, None, :]
+    """Return cos, sin of every position's angles, each (1, T, 1, D/2), float32.
+
+    Channel pair i turns by base^(-2i/D) radians per token: the first pair once around in about
+    6 tokens, the last in about 6 * base. Source: arXiv:2104.09864; nanochat/gpt.py::GPT.
+    """
+    # angle[t, i] = t * base^(-2i/D)
+    i = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device)
+    t = torch.arange(seq_len, dtype=torch.float32, device=device)
+    angle = torch.outer(t, base ** (-i / head_dim))  # (T, D/2)
+    return angle.cos()[None, :, None, :], angle.sin()[None, :, None, :]
 
 
 def apply_rotary_emb(x, cos, sin):
-    """Rotate pairs (x_i, x_{i + D/2}) of x (B, T, H, D) by their position's angles."""
-    x1, x2 = x.chunk(2, dim=-1)
-    return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
+    """Rotate x (B, T, H, D) by its positions' cos, sin (1 or B, T, 1, D/2); shape and dtype stay.
+
+    Half-split: channel i is paired with channel i + D/2, not with its neighbour; mixing the two
+    layouts is the classic RoPE bug. The turn is by minus the angle, nanochat's sign; scores see
+    only differences, so either sign would do, but weights trained with one need that one.
+    """
+    T, half = x.size(1), x.size(-1) // 2
+    assert cos.shape[1::2] == sin.shape[1::2] == (T, half), (  # T=1 would broadcast, silently
+        f"cos {tuple(cos.shape)} and sin {tuple(sin.shape)} do not fit x {tuple(x.shape)}")
+    x1, x2 = x[..., :half], x[..., half:]
+    # y1 = x1 cos + x2 sin,  y2 = -x1 sin + x2 cos
+    return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1).to(x.dtype)
 
 
 class MLP(nn.Module):
-    """C -> 4C -> relu^2 -> C, for each token alone. Source: nanochat/gpt.py::MLP."""
+    """Two linear layers with ReLU^2 between: (B, T, C) -> (B, T, 4C) -> (B, T, C)."""
 
     def __init__(self, config):
         super().__init__()
@@ -502,6 +560,7 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
 
     def forward(self, x):
+        # y = W_proj relu(W_fc x)^2
         return self.c_proj(F.relu(self.c_fc(x)).square())
 # --- end shared ---
 
@@ -1199,7 +1258,7 @@ def train(cfg):
                 model.train()
                 if cfg.target_bpb and val_bpb <= cfg.target_bpb * 1.02:
                     val_bpb, _ = measure_bpb()  # a part of the shard only hints; this is the claim
-            if step % cfg.log_every == 0 or val_bpb is not None or last or step == first + 1:
+            if step % cfg.log_every == 0 or val_bpb is not None or last or step == 1:
                 now = time.perf_counter()
                 speed = (step - timed_from) * cfg.total_batch_size / (now - timer)
                 timer, timed_from = now, step
