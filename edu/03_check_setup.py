@@ -75,7 +75,7 @@ def compute_init(device_type=None, seed=1337, timeout=None):
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if ddp and os.environ.get("OMP_NUM_THREADS", "1") == "1":
-        # torchrun sets it to 1 where it is unset, and most cores would idle; another value is yours.
+        # torchrun sets 1 where it is unset, and most cores would idle; any other value is yours.
         affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
         torch.set_num_threads(max(1, len(affinity(0)) // ranks_here))
