@@ -1,0 +1,859 @@
+"""Challenge 05: the KV cache and the engine that generates with it.
+
+Goal:
+    A transformer that writes one token at a time recomputes the keys and values of the whole
+    prefix for every new token, unless it keeps them. This script keeps them: a cache, a model that
+    reads it, and an engine that streams many samples of many prompts together and lets the model
+    use a calculator. It proves that the cache changes the speed and nothing else.
+
+You will learn:
+    - prefill (the prompt in one pass, limited by arithmetic) and decode (one token a pass,
+      limited by reading the weights): why a batch of 16 costs little more than one row
+    - how prompts of different lengths share a batch: padding on the left, a mask, and positions
+      counted from each row's own first token
+    - sampling per row, stop tokens, and rows that leave the batch when they have finished
+    - tool use as a state machine, and a calculator that parses instead of calling Python's eval
+
+Read beside:
+    nanochat/engine.py::KVCache, Engine, use_calculator and nanochat/gpt.py::GPT.forward. Different
+    here: every sample draws its own first token, finished rows are dropped, different prompts
+    decode together, a full cache is an error, and arithmetic is parsed against a whitelist.
+
+Run:
+    python edu/05_engine.py
+
+Expect:
+    05 engine - cpu - float32 - ...
+    The sky is|...
+    cached = uncached over 200 tokens: largest logit difference 0.00001
+    without cache 95 tok/s, with cache 900 tok/s: 9.5 times as fast
+
+Writes:
+    nothing
+"""
+
+import ast
+import base64
+import hashlib
+import json
+import operator
+import os
+import shutil
+import sys
+import sysconfig
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import tiktoken
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from safetensors.torch import load_file
+
+# ---- settings ------------------------------------------------------------------------------------
+
+# Questions with one right continuation in the tiny world; shown as right or wrong.
+QUESTIONS = {"The capital of France is": "Paris", "7 + 5 =": "12", "The sky is": "blue"}
+
+
+@dataclass
+class Config:
+    data_dir: Path = field(default_factory=lambda: Path(os.environ.get("EDU_DATA", "data")))
+    """Folder with tokenizer/ and base/ (without them: bytes and random weights)."""
+    stage: str = "base"
+    """Which model: the folder under data_dir that holds model.safetensors."""
+    prompt: tuple[str, ...] = tuple(QUESTIONS)
+    """Prompts, decoded together in one batch."""
+    max_tokens: int = 10
+    """New tokens for each prompt."""
+    temperature: float = 0.0
+    """0 takes the likeliest token; 1 samples from the model's own distribution."""
+    top_k: int = 0
+    """Sample among the k likeliest tokens only; 0 means all."""
+    bench_tokens: int = 200
+    """Length of the race between the cached and the uncached loop; 0 skips it."""
+    device_type: str = ""
+    """cpu, cuda or mps; empty takes the best there is."""
+    seed: int = 1337
+    """Seed of the weights (if random) and of the sampling."""
+
+
+# ---- shared blocks -------------------------------------------------------------------------------
+
+# --- shared: cli (home: 00_tiny_world.py) ---
+class UserError(Exception):
+    """A mistake the user can mend: what is wrong, why it matters, the command that fixes it."""
+
+
+def run_script(run, config_class, argv, description):
+    """Turn argv into a config_class, call run(config), and return the exit code.
+
+    0 or whatever run returns; 2 for a UserError, shown as one message without a traceback;
+    130 for Ctrl-C. tyro itself exits with 2 on a flag it does not know.
+    """
+    config = tyro.cli(config_class, args=argv, description=description)
+    try:
+        return run(config) or 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr)
+        return 130
+# --- end shared ---
+
+
+# --- shared: compute-init (home: 03_check_setup.py) ---
+def autodetect_device_type():
+    """The fastest kind of device present: "cuda", else "mps" (Apple), else "cpu"."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def compute_init(device_type=None, seed=1337, timeout=None):
+    """Seed, pick the device, join the other ranks: (ddp, rank, local_rank, world_size, device).
+
+    Under torchrun the ranks talk by nccl on CUDA, by gloo on CPU, and share out the CPU's cores.
+    All get the same seed, so that models start equal; sample with seed + rank. timeout: timedelta
+    to wait for a rank. Raises UserError. Source: nanochat/common.py::compute_init.
+    """
+    torch.manual_seed(seed)
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in names if not os.environ.get(name)]
+    ddp = any(name not in missing for name in names[:3])
+    if ddp and missing:
+        raise UserError(f"half a torchrun environment: {', '.join(missing)} not set. Start with\n"
+                        f"  torchrun --nproc_per_node=2 {sys.argv[0]}\n"
+                        "or, for one process: unset RANK LOCAL_RANK WORLD_SIZE")
+    rank, local_rank, world_size = (int(os.environ[n]) for n in names[:3]) if ddp else (0, 0, 1)
+    device_type = device_type or autodetect_device_type()
+    if ddp and device_type == "mps":
+        print0("mps cannot exchange tensors between ranks: running on the CPU instead")
+        device_type = "cpu"
+    present = {"cpu": world_size, "mps": int(torch.backends.mps.is_available()),
+               "cuda": torch.cuda.device_count()}
+    if local_rank >= present.get(device_type, 0):
+        raise UserError(f"local rank {local_rank} finds no {device_type} device of its own (there "
+                        f"are {present.get(device_type, 0)}); use --device-type cpu or fewer ranks")
+    device = torch.device(device_type, local_rank if device_type == "cuda" else None)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if ddp and os.environ.get("OMP_NUM_THREADS", "1") == "1":
+        # torchrun sets it to 1 where it is unset, and most cores would idle; another value is yours.
+        affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+        torch.set_num_threads(max(1, len(affinity(0)) // ranks_here))
+    if ddp:
+        backend, bound = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+        dist.init_process_group(backend, timeout=timeout, device_id=bound)
+    return ddp, rank, local_rank, world_size, device
+
+
+def compute_cleanup():
+    """Leave the process group, if there is one; torch warns of leaked resources otherwise."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def print0(*args):
+    """Print at once, on rank 0 only."""
+    if int(os.environ.get("RANK") or 0) == 0:
+        print(*args, flush=True)
+
+
+def pick_dtype(device):
+    """(dtype, why): bfloat16 only where the hardware multiplies it; emulated it is a crawl."""
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        fast, why = major >= 8, f"compute capability {major}.{minor}; bf16 units came with 8.0"
+    elif device.type == "cpu":
+        wanted, has = ("amx_bf16", "avx512_bf16"), torch.cpu.get_capabilities()
+        fast = any(has.get(name) for name in wanted)
+        why = f"the CPU has {'' if fast else 'no '}bf16 units ({' or '.join(wanted)})"
+    else:
+        fast, why = False, f"float32 is the safe choice on {device.type}"
+    return (torch.bfloat16 if fast else torch.float32), why
+
+
+def has_compiler():
+    """Path of the C++ compiler that torch.compile would use on the CPU; None if it cannot work."""
+    usual = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+    header = os.path.join(sysconfig.get_path("include"), "Python.h")  # its output includes this
+    return shutil.which(os.environ.get("CXX", usual)) if os.path.exists(header) else None
+# --- end shared ---
+
+
+# --- shared: tokenizer (home: 11_tokenizer.py) ---
+SPECIAL_TOKENS = (
+    "<|bos|>",  # begins every document
+    "<|user_start|>", "<|user_end|>",
+    "<|assistant_start|>", "<|assistant_end|>",
+    "<|python_start|>", "<|python_end|>",  # the model calls the calculator
+    "<|output_start|>", "<|output_end|>",  # and the calculator answers
+)
+
+
+class Tokenizer:
+    """Text <-> ids. Ids 0..255 are bytes, then the merges in order, the special tokens last.
+
+    A str never encodes to a special token, whatever it spells; only prepend and append give one.
+    Lone surrogates, which no UTF-8 can hold, become U+FFFD; all else comes back byte for byte.
+    Source: nanochat/tokenizer.py::RustBPETokenizer.
+    """
+
+    def __init__(self, encoding, sha256, bos_token=SPECIAL_TOKENS[0]):
+        self.encoding, self.sha256, self.bos_token = encoding, sha256, bos_token
+
+    @staticmethod
+    def identity(rank_file, pattern, special_tokens):
+        """sha256 over everything that decides an id: bytes of the rank file, pattern, specials."""
+        rest = json.dumps([pattern, special_tokens], sort_keys=True)
+        return hashlib.sha256(rank_file + b"\0" + rest.encode()).hexdigest()
+
+    @classmethod
+    def from_dir(cls, path):
+        """Load what 11_tokenizer.py wrote to `path`. Raises UserError if absent or damaged."""
+        path = Path(path)
+        remedy = f"train one: python edu/11_tokenizer.py --data-dir {path.parent}"
+        try:
+            rank_file = (path / "tokenizer.tiktoken").read_bytes()
+            config = json.loads((path / "config.json").read_bytes())
+            pattern, special_tokens = config["pattern"], config["special_tokens"]
+            sha256 = cls.identity(rank_file, pattern, special_tokens)
+            if sha256 != config["sha256"]:
+                raise ValueError(f"its sha256 is {sha256[:12]}, config.json says otherwise")
+            lines = (line.split() for line in rank_file.splitlines())
+            ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
+        except OSError as error:
+            raise UserError(f"no tokenizer in {path} ({error.strerror}); {remedy}") from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"the tokenizer in {path} is damaged ({error}); {remedy}") from None
+        encoding = tiktoken.Encoding(
+            f"edu-{sha256[:12]}", pat_str=pattern, mergeable_ranks=ranks,
+            special_tokens=special_tokens,
+        )
+        return cls(encoding, sha256)
+
+    def encode(self, text, prepend=None, append=None, num_threads=8):
+        """str -> ids, or list of str -> list of ids; prepend and append: special token or id."""
+        before, after = (
+            [self.encode_special(extra)] if isinstance(extra, str) else
+            [] if extra is None else [extra] for extra in (prepend, append)
+        )
+        if isinstance(text, str):
+            return before + self.encoding.encode_ordinary(text) + after
+        rows = self.encoding.encode_ordinary_batch(text, num_threads=num_threads)
+        return [before + row + after for row in rows] if before or after else rows
+
+    def encode_special(self, token):
+        """The id of a special token. Raises KeyError for any other text."""
+        if token not in self.encoding.special_tokens_set:
+            raise KeyError(f"{token!r} is no special token")
+        return self.encoding.encode_single_token(token)
+
+    def decode_bytes(self, ids):
+        return self.encoding.decode_bytes(ids)
+
+    def decode(self, ids):
+        """ids -> str; bytes that are not UTF-8, such as half a letter, become U+FFFD."""
+        return self.encoding.decode(ids)
+
+    def get_bos_token_id(self):
+        return self.encode_special(self.bos_token)
+
+    def get_vocab_size(self):
+        return self.encoding.n_vocab
+
+    def token_bytes(self):
+        """Raw length in bytes of each id, 0 for special tokens: (V,) list for bits per byte."""
+        tokens = enumerate(self.encoding.decode_tokens_bytes(range(self.get_vocab_size())))
+        return [0 if self.encoding.is_special_token(i) else len(token) for i, token in tokens]
+# --- end shared ---
+
+
+# --- shared: block-parts (home: 04_block.py) ---
+def norm(x):
+    """RMSNorm over the last axis, without parameters: any shape in, the same shape out.
+
+    The next linear layer can learn any scale itself, so a learned one would be idle.
+    """
+    # y = x / sqrt(mean(x^2) + eps)
+    return F.rms_norm(x, (x.size(-1),))
+
+
+def precompute_rotary(seq_len, head_dim, base=10_000, device=None):
+    """Return cos, sin of every position's angles, each (1, T, 1, D/2), float32.
+
+    Channel pair i turns by base^(-2i/D) radians per token: the first pair once around in about
+    6 tokens, the last in about 6 * base. Source: arXiv:2104.09864; nanochat/gpt.py::GPT.
+    """
+    # angle[t, i] = t * base^(-2i/D)
+    i = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device)
+    t = torch.arange(seq_len, dtype=torch.float32, device=device)
+    angle = torch.outer(t, base ** (-i / head_dim))  # (T, D/2)
+    return angle.cos()[None, :, None, :], angle.sin()[None, :, None, :]
+
+
+def apply_rotary_emb(x, cos, sin):
+    """Rotate x (B, T, H, D) by its positions' cos, sin (1 or B, T, 1, D/2); shape and dtype stay.
+
+    Half-split: channel i is paired with channel i + D/2, not with its neighbour; mixing the two
+    layouts is the classic RoPE bug. The turn is by minus the angle, nanochat's sign; scores see
+    only differences, so either sign would do, but weights trained with one need that one.
+    """
+    T, half = x.size(1), x.size(-1) // 2
+    assert cos.shape[1::2] == sin.shape[1::2] == (T, half), (  # T=1 would broadcast, silently
+        f"cos {tuple(cos.shape)} and sin {tuple(sin.shape)} do not fit x {tuple(x.shape)}")
+    x1, x2 = x[..., :half], x[..., half:]
+    # y1 = x1 cos + x2 sin,  y2 = -x1 sin + x2 cos
+    return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1).to(x.dtype)
+
+
+class MLP(nn.Module):
+    """Two linear layers with ReLU^2 between: (B, T, C) -> (B, T, 4C) -> (B, T, C)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
+
+    def forward(self, x):
+        # y = W_proj relu(W_fc x)^2
+        return self.c_proj(F.relu(self.c_fc(x)).square())
+# --- end shared ---
+
+
+# --- shared: gpt (home: 05_engine.py) ---
+@dataclass
+class GPTConfig:
+    """Sizes of the model, named as in nanochat/gpt.py::GPTConfig."""
+
+    sequence_len: int = 256
+    vocab_size: int = 4096
+    n_layer: int = 4
+    n_head: int = 2
+    n_kv_head: int = 2
+    n_embd: int = 256
+
+
+class CachedSelfAttention(nn.Module):
+    """Challenge 04's attention, with a cache: (B, T, C) -> (B, T, C).
+
+    Source: nanochat/gpt.py::CausalSelfAttention.
+    """
+
+    def __init__(self, config, layer_idx):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.n_head, self.n_kv_head = config.n_head, config.n_kv_head
+        self.head_dim = config.n_embd // config.n_head
+        self.c_q = nn.Linear(config.n_embd, self.n_head * self.head_dim, bias=False)
+        self.c_k = nn.Linear(config.n_embd, self.n_kv_head * self.head_dim, bias=False)
+        self.c_v = nn.Linear(config.n_embd, self.n_kv_head * self.head_dim, bias=False)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+
+    def forward(self, x, cos_sin, kv_cache=None, mask=None):
+        B, T, C = x.shape
+        q = self.c_q(x).view(B, T, self.n_head, self.head_dim)
+        k = self.c_k(x).view(B, T, self.n_kv_head, self.head_dim)
+        v = self.c_v(x).view(B, T, self.n_kv_head, self.head_dim)
+        q, k = norm(apply_rotary_emb(q, *cos_sin)), norm(apply_rotary_emb(k, *cos_sin))
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
+        if kv_cache is not None:
+            k, v = kv_cache.insert_kv(self.layer_idx, k, v)  # (B, H_kv, cached + T, D)
+        # Without a mask: one query sees every key; T queries of an empty cache are a triangle.
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
+            enable_gqa=self.n_head != self.n_kv_head)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class CachedBlock(nn.Module):
+    """Attention, then MLP, each added to a residual stream that is normalised on the way in."""
+
+    def __init__(self, config, layer_idx):
+        super().__init__()
+        self.attn = CachedSelfAttention(config, layer_idx)
+        self.mlp = MLP(config)
+
+    def forward(self, x, cos_sin, kv_cache=None, mask=None):
+        x = x + self.attn(norm(x), cos_sin, kv_cache, mask)
+        return x + self.mlp(norm(x))
+
+
+class GPT(nn.Module):
+    """The model of nanochat, Nov 2025; parameter names as there. Source: nanochat/gpt.py::GPT."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.transformer = nn.ModuleDict({
+            "wte": nn.Embedding(config.vocab_size, config.n_embd),
+            "h": nn.ModuleList(CachedBlock(config, i) for i in range(config.n_layer)),
+        })
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        cos, sin = precompute_rotary(config.sequence_len, config.n_embd // config.n_head)
+        self.register_buffer("cos", cos, persistent=False)  # (1, sequence_len, 1, D/2)
+        self.register_buffer("sin", sin, persistent=False)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self):
+        """Every block starts as the identity and every logit at 0, so the first loss is ln V."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                # std = min(1, sqrt(fan_out / fan_in)) / sqrt(fan_in)      (arXiv 2310.17813)
+                fan_out, fan_in = module.weight.shape
+                module.weight.normal_(0.0, min(1.0, (fan_out / fan_in) ** 0.5) / fan_in**0.5)
+        self.transformer.wte.weight.normal_(0.0, 1.0)
+        self.lm_head.weight.zero_()
+        for block in self.transformer.h:
+            block.attn.c_proj.weight.zero_()
+            block.mlp.c_proj.weight.zero_()
+
+    def hidden_states(self, idx, kv_cache=None):
+        """Token ids (B, T) -> what the head reads, (B, T, C)."""
+        B, T = idx.shape
+        if kv_cache is None:
+            if T > self.config.sequence_len:
+                raise ValueError(f"{T} tokens do not fit a model of {self.config.sequence_len}")
+            cos_sin, mask = (self.cos[:, :T], self.sin[:, :T]), None
+        else:
+            positions, mask = kv_cache.positions(T), kv_cache.attention_mask(T)  # (B or 1, T)
+            cos_sin = self.cos[0, positions], self.sin[0, positions]  # (B or 1, T, 1, D/2)
+        x = norm(self.transformer.wte(idx))
+        for block in self.transformer.h:
+            x = block(x, cos_sin, kv_cache, mask)
+        return norm(x)
+
+    def forward(self, idx, targets=None, kv_cache=None, loss_reduction="mean"):
+        """Logits (B, T, V) in float32; with targets (B, T) the cross-entropy in nats instead.
+
+        A target of -1 is ignored. loss_reduction: "mean" (0 where every target is -1), "sum", or
+        "none" for (B * T,).
+        """
+        logits = self.lm_head(self.hidden_states(idx, kv_cache)).float()
+        logits = 15.0 * torch.tanh(logits / 15.0)  # softcap: smooth, no logit beyond +-15
+        if targets is None:
+            return logits
+        reduction = "sum" if loss_reduction == "mean" else loss_reduction
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1,
+                               reduction=reduction)
+        # The mean by hand: PyTorch's own is 0/0 = nan when every target is ignored.
+        return loss / (targets != -1).sum().clamp(min=1) if loss_reduction == "mean" else loss
+# --- end shared ---
+
+
+# ---- the idea: the cache -------------------------------------------------------------------------
+
+
+class KVCache:
+    """Keys and values of every layer for the tokens seen so far, in one tensor.
+
+    data: (B, n_layer, 2, n_kv_head, max_seq_len, head_dim), keys at [:, :, 0], values at [:, :, 1].
+    Rows share one write column, `pos`. A row with a shorter prompt is padded on the left and its
+    first real column is start[b]; padding is masked, and positions count from start[b], so that a
+    row computes exactly what it would compute alone. Source: nanochat/engine.py::KVCache.
+    """
+
+    def __init__(self, batch_size, n_layer, n_kv_head, max_seq_len, head_dim,
+                 dtype=torch.float32, device="cpu"):
+        shape = (batch_size, n_layer, 2, n_kv_head, max_seq_len, head_dim)
+        self.data = torch.zeros(shape, dtype=dtype, device=device)
+        self.start = None  # (B,) long, or None while no row is padded
+        self.pos = 0  # columns filled
+
+    def get_pos(self):
+        return self.pos
+
+    def insert_kv(self, layer_idx, k, v):
+        """Store k, v (B, n_kv_head, T, head_dim); return all so far, (B, n_kv_head, pos + T, D).
+
+        `pos` moves when the last layer has written. Raises ValueError when the cache is full.
+        """
+        end = self.pos + k.size(2)
+        if end > self.data.size(4):
+            raise ValueError(f"the KV cache is full: {end} tokens, room for {self.data.size(4)}")
+        self.data[:, layer_idx, 0, :, self.pos : end] = k
+        self.data[:, layer_idx, 1, :, self.pos : end] = v
+        if layer_idx == self.data.size(1) - 1:
+            self.pos = end
+        return self.data[:, layer_idx, 0, :, :end], self.data[:, layer_idx, 1, :, :end]
+
+    def positions(self, T):
+        """Positions of the next T tokens: (1, T), or (B, T) when rows are padded."""
+        columns = torch.arange(self.pos, self.pos + T, device=self.data.device)[None]
+        return columns if self.start is None else (columns - self.start[:, None]).clamp(min=0)
+
+    def attention_mask(self, T):
+        """Who may see whom, (1 or B, 1, T, pos + T) bool; None where SDPA needs to be told nothing.
+
+        The trap: is_causal aligns its triangle to the top left corner, so with a filled cache and
+        T > 1 it would hide the prefix and show the future.
+        """
+        if self.start is None and (T == 1 or self.pos == 0):
+            return None
+        columns = torch.arange(self.pos + T, device=self.data.device)
+        mask = columns <= columns[self.pos :, None]  # causal: (T, pos + T)
+        if self.start is None:
+            return mask[None, None]
+        mask = mask & (columns >= self.start[:, None, None])  # no padding: (B, T, pos + T)
+        # A padded query would see nothing, and a softmax over nothing is nan: let it see itself.
+        return (mask | (columns == columns[self.pos :, None]))[:, None]
+
+    def keep_rows(self, rows):
+        """Keep only these rows, in this order; a row named twice is copied. rows: (B',) long."""
+        data = self.data.new_empty(len(rows), *self.data.shape[1:])
+        data[..., : self.pos, :] = self.data[rows, ..., : self.pos, :]
+        self.data = data
+        self.start = None if self.start is None else self.start[rows]
+
+
+# ---- the idea: sampling --------------------------------------------------------------------------
+
+
+def sample_next_token(logits, u, temperature=1.0, top_k=0):
+    """One token for each row: logits (B, V), u (B,) uniform in [0, 1) -> (B,) long.
+
+    Inverse-transform sampling: the token in whose slice of the cumulative distribution u falls.
+    One number per row and step makes a row's text independent of who else is in the batch.
+    """
+    if temperature == 0.0:
+        return logits.argmax(dim=-1)
+    if 0 < top_k < logits.size(-1):
+        logits, tokens = logits.topk(top_k, dim=-1)  # (B, k), (B, k)
+    else:
+        tokens = None
+    cdf = torch.softmax(logits / temperature, dim=-1).cumsum(dim=-1)
+    # cdf[i-1] <= u * cdf[-1] < cdf[i]: a token of probability 0 has no slice and is never drawn.
+    choice = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)
+    choice = choice.clamp(max=logits.size(-1) - 1)  # (B, 1)
+    return (choice if tokens is None else tokens.gather(1, choice))[:, 0]
+
+
+# ---- the idea: the calculator --------------------------------------------------------------------
+
+OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
+             ast.Div: operator.truediv, ast.UAdd: operator.pos, ast.USub: operator.neg}
+
+
+def evaluate_node(node):
+    """The value of a parsed expression made of numbers, + - * / and 'text'.count('letter')."""
+    match node:
+        case ast.Constant(value=int() | float() as number) if not isinstance(number, bool):
+            return number
+        case ast.UnaryOp(op=op, operand=operand) if type(op) in OPERATORS:
+            return OPERATORS[type(op)](evaluate_node(operand))
+        case ast.BinOp(left=left, op=op, right=right) if type(op) in OPERATORS:
+            return OPERATORS[type(op)](evaluate_node(left), evaluate_node(right))
+        case ast.Call(func=ast.Attribute(value=ast.Constant(value=str() as text), attr="count"),
+                      args=[ast.Constant(value=str() as letters)], keywords=[]):
+            return text.count(letters)
+    raise ValueError(f"{type(node).__name__} is not on the calculator's list")
+
+
+def use_calculator(expression):
+    """The result of an arithmetic expression as text, or None where it has none.
+
+    Parsed and walked over a whitelist: no names, no calls but str.count, no powers, and at most
+    100 characters, so that neither 9**9**9 nor 200 brackets cost anything.
+    Source: nanochat/engine.py::use_calculator, which hands the text to Python's own evaluator.
+    """
+    expression = expression.strip()
+    if not 0 < len(expression) <= 100:
+        return None
+    if "'" not in expression and '"' not in expression:
+        expression = expression.replace(",", "")  # 1,234 is a number here
+    try:
+        value = evaluate_node(ast.parse(expression, mode="eval").body)
+    except (SyntaxError, ValueError, ZeroDivisionError, OverflowError, RecursionError):
+        return None
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # 12 / 4 is 3
+    return str(value if isinstance(value, int) else round(value, 6))
+
+
+# ---- the idea: the engine ------------------------------------------------------------------------
+
+
+class RowState:
+    """What the engine remembers of one row. Source: nanochat/engine.py::RowState."""
+
+    def __init__(self):
+        self.forced = deque()  # tokens the tool wants written next
+        self.expression = None  # tokens since <|python_start|>, None outside of a call
+
+
+class Engine:
+    """Generates with a cache, many rows at once. Source: nanochat/engine.py::Engine."""
+
+    def __init__(self, model, tokenizer):
+        self.model, self.tokenizer = model, tokenizer
+
+    def check_request(self, prompts, max_tokens):
+        """The number of new tokens that fit; ValueError before anything is computed if none do."""
+        limit, longest = self.model.config.sequence_len, max(map(len, prompts), default=0)
+        if not prompts or min(map(len, prompts)) == 0:
+            raise ValueError("every prompt needs at least one token: begin with <|bos|>")
+        if max_tokens is None:
+            max_tokens = limit - longest
+        if max_tokens < 1 or longest + max_tokens > limit:
+            raise ValueError(
+                f"a prompt of {longest} tokens and {max_tokens} new ones do not fit the context of "
+                f"{limit}: shorten the prompt or ask for {max(0, limit - longest)} tokens")
+        return max_tokens
+
+    def prefill(self, prompts, max_tokens):
+        """Run prompts (lists of ids) through the model: last logits (B, V) and the filled cache."""
+        config, weight = self.model.config, self.model.lm_head.weight
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=weight.device)
+        longest = int(lengths.max())
+        cache = KVCache(len(prompts), config.n_layer, config.n_kv_head, longest + max_tokens,
+                        config.n_embd // config.n_head, weight.dtype, weight.device)
+        if (lengths != longest).any():
+            cache.start = longest - lengths
+        rows = [[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
+        hidden = self.model.hidden_states(torch.tensor(rows, device=weight.device), cache)
+        return self.head(hidden), cache
+
+    def head(self, hidden):
+        """Logits of the last position only, (B, T, C) -> (B, V): the others are not needed."""
+        return 15.0 * torch.tanh(self.model.lm_head(hidden[:, -1]).float() / 15.0)
+
+    def advance_tool(self, state, token):
+        """Follow the calculator's tokens through a row; queue its answer when a call closes."""
+        special = self.tokenizer.encode_special
+        if token == special("<|python_start|>"):
+            state.expression = []
+        elif token == special("<|python_end|>") and state.expression is not None:
+            result = use_calculator(self.tokenizer.decode(state.expression))
+            state.expression = None
+            if result is not None:
+                state.forced.extend([special("<|output_start|>"),
+                                     *self.tokenizer.encode(result), special("<|output_end|>")])
+        elif state.expression is not None:
+            state.expression.append(token)
+
+    @torch.inference_mode()
+    def stream(self, prompts, num_samples=1, max_tokens=None, temperature=1.0, top_k=0, seed=42):
+        """Decode every prompt num_samples times, all rows together, one column of tokens a step.
+
+        Yields (tokens, masks), lists with an entry for each of the len(prompts) * num_samples rows;
+        row i belongs to prompt i // num_samples. token None: the row had finished before. mask 1:
+        sampled, 0: forced by the tool. The stop token (<|assistant_end|> or <|bos|>) is yielded.
+        """
+        max_tokens = self.check_request(prompts, max_tokens)
+        # 1. prefill each prompt once, then give every sample its own copy of the cache
+        logits, cache = self.prefill(prompts, max_tokens)
+        device, num_rows = logits.device, len(prompts) * num_samples
+        if num_samples > 1:
+            rows = torch.arange(len(prompts), device=device).repeat_interleave(num_samples)
+            logits = logits[rows]
+            cache.keep_rows(rows)
+        states, active = [RowState() for _ in range(num_rows)], list(range(num_rows))
+        stops = {self.tokenizer.encode_special("<|assistant_end|>"),
+                 self.tokenizer.get_bos_token_id()}
+        rng = torch.Generator().manual_seed(seed)
+        for step in range(max_tokens):
+            # 2. sample a token for each row that is still running, or take the forced one
+            u = torch.rand(num_rows, generator=rng).to(device)
+            u = u if len(active) == num_rows else u[active]
+            sampled = sample_next_token(logits, u, temperature, top_k).tolist()
+            tokens, masks, ids = [None] * num_rows, [None] * num_rows, []
+            for row, token in zip(active, sampled):
+                forced = states[row].forced
+                masks[row] = 0 if forced else 1
+                tokens[row] = forced.popleft() if forced else token
+                self.advance_tool(states[row], tokens[row])
+                ids.append(tokens[row])
+            yield tokens, masks
+            # 3. drop the rows that have finished: from here on they cost nothing
+            keep = [i for i, token in enumerate(ids) if token not in stops]
+            if not keep or step == max_tokens - 1:
+                return
+            if len(keep) < len(ids):
+                active, ids = [active[i] for i in keep], [ids[i] for i in keep]
+                cache.keep_rows(torch.tensor(keep, device=device))
+            # 4. one pass over one new token for each row
+            logits = self.head(self.model.hidden_states(torch.tensor(ids, device=device)[:, None],
+                                                        cache))
+
+    def generate(self, tokens, num_samples=1, max_tokens=None, temperature=1.0, top_k=0, seed=42):
+        """Stream num_samples continuations of one prompt (a list of ids): see `stream`."""
+        yield from self.stream([tokens], num_samples, max_tokens, temperature, top_k, seed)
+
+    def generate_batch(self, prompts, num_samples=1, max_tokens=None, temperature=1.0, top_k=0,
+                       seed=42):
+        """Decode different prompts together: (results, masks), a list of each for every row.
+
+        results: the prompt and what was written, stop token included; masks: 1 for the tokens the
+        model chose itself, the stop token among them, 0 for the prompt and for forced tokens.
+        """
+        results = [list(prompt) for prompt in prompts for _ in range(num_samples)]
+        masks = [[0] * len(row) for row in results]
+        for tokens, column in self.stream(prompts, num_samples, max_tokens, temperature, top_k,
+                                          seed):
+            for row, token in enumerate(tokens):
+                if token is not None:
+                    results[row].append(token)
+                    masks[row].append(column[row])
+        return results, masks
+
+
+# ---- the idea: the loop to beat ------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def generate_naive(model, tokens, max_tokens):
+    """Greedy decoding without a cache, the loop to beat: the whole prefix through the model again
+    for every token. tokens: list of ids -> list of max_tokens new ids.
+    """
+    ids = torch.tensor([tokens], device=model.lm_head.weight.device)  # (1, T)
+    for _ in range(max_tokens):
+        ids = torch.cat((ids, model(ids)[:, -1].argmax(-1, keepdim=True)), dim=1)
+    return ids[0, len(tokens) :].tolist()
+
+
+@torch.inference_mode()
+def largest_difference(model, tokens, split):
+    """Largest |logit difference| between one uncached pass and prefill(split) + single steps."""
+    config, ids = model.config, torch.tensor([tokens], device=model.lm_head.weight.device)
+    cache = KVCache(1, config.n_layer, config.n_kv_head, len(tokens),
+                    config.n_embd // config.n_head, device=ids.device)
+    pieces = [model(ids[:, :split], kv_cache=cache)]
+    pieces += [model(ids[:, t : t + 1], kv_cache=cache) for t in range(split, len(tokens))]
+    return (torch.cat(pieces, dim=1) - model(ids)).abs().max().item()
+
+
+# ---- the loop ------------------------------------------------------------------------------------
+
+
+def load_checkpoint(folder, tokenizer, device):
+    """(model, the contents of config.json). Weights are safetensors: loading runs no code.
+
+    Raises UserError when the folder holds no checkpoint or the tokenizer is another one: its ids
+    would mean other words, and the model would write plausible rubbish.
+    """
+    try:
+        about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        weights = load_file(folder / "model.safetensors")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} holds no readable checkpoint ({error}).\n"
+                        "  Train one: python edu/12_pretrain.py") from error
+    if about["tokenizer_sha256"] != tokenizer.sha256:
+        raise UserError(
+            f"{folder} was trained with another tokenizer: {about['tokenizer_sha256'][:12]} there, "
+            f"{tokenizer.sha256[:12]} here.\n  Train it again: python edu/12_pretrain.py")
+    model = GPT(GPTConfig(**about["model"]))
+    model.load_state_dict(weights, strict=True)
+    return model.to(device).eval(), about
+
+
+def byte_tokenizer():
+    """A tokenizer of the 256 bytes and the special tokens, for when none has been trained."""
+    encoding = tiktoken.Encoding(
+        "bytes", pat_str=r"(?s:.)", mergeable_ranks={bytes([i]): i for i in range(256)},
+        special_tokens={token: 256 + i for i, token in enumerate(SPECIAL_TOKENS)})
+    return Tokenizer(encoding, sha256="bytes")
+
+
+def load_or_invent(cfg, device):
+    """(model, tokenizer, trained): the checkpoint of the stage, else random weights on bytes."""
+    folder = cfg.data_dir / cfg.stage
+    if (folder / "model.safetensors").exists():
+        tokenizer = Tokenizer.from_dir(cfg.data_dir / "tokenizer")
+        return load_checkpoint(folder, tokenizer, device)[0], tokenizer, True
+    tokenizer = byte_tokenizer()
+    model = GPT(GPTConfig(vocab_size=tokenizer.get_vocab_size()))
+    nn.init.normal_(model.lm_head.weight, std=0.1)  # else every logit is 0 and there is no choice
+    for block in model.transformer.h:
+        nn.init.normal_(block.attn.c_proj.weight, std=0.05)
+        nn.init.normal_(block.mlp.c_proj.weight, std=0.05)
+    return model.to(device).eval(), tokenizer, False
+
+
+def check_engine_settings(cfg):
+    if cfg.max_tokens < 1:
+        raise UserError(f"--max-tokens {cfg.max_tokens}: ask for at least 1.")
+    if cfg.temperature < 0 or cfg.top_k < 0:
+        raise UserError(f"--temperature {cfg.temperature} --top-k {cfg.top_k}: neither can be "
+                        "negative; 0 means greedy, and 0 means all tokens.")
+    if not cfg.prompt or not all(cfg.prompt):
+        raise UserError('--prompt is empty: give some text, for example --prompt "The sky is".')
+
+
+def race(engine, tokens, max_tokens):
+    """(naive tok/s, cached tok/s) of the same greedy tokens; says where they part, if they do."""
+    engine.model(torch.tensor([tokens], device=engine.model.lm_head.weight.device))  # warm up
+    start = time.perf_counter()
+    naive = generate_naive(engine.model, tokens, max_tokens)
+    middle = time.perf_counter()
+    with torch.inference_mode():
+        logits, cache = engine.prefill([tokens], max_tokens)
+        cached = [int(logits.argmax())]
+        while len(cached) < max_tokens:  # not engine.stream: stop tokens must not end the race
+            idx = torch.tensor([[cached[-1]]], device=logits.device)
+            cached.append(int(engine.head(engine.model.hidden_states(idx, cache)).argmax()))
+    end = time.perf_counter()
+    if naive != cached:
+        place = next(i for i, (a, b) in enumerate(zip(naive, cached)) if a != b)
+        print(f"cached and uncached part at token {place}: two logits were equal to rounding")
+    return max_tokens / (middle - start), max_tokens / (end - middle)
+
+
+def run_engine(cfg):
+    # 1. a model to run
+    check_engine_settings(cfg)
+    _, _, _, _, device = compute_init(cfg.device_type or None, cfg.seed)
+    model, tokenizer, trained = load_or_invent(cfg, device)
+    params = sum(p.numel() for p in model.parameters())
+    print(f"05 engine - {device.type} - float32 - {params / 1e6:.1f}M params - seed {cfg.seed}")
+    if not trained:
+        print(f"no model in {cfg.data_dir / cfg.stage}: random weights, so the text is noise "
+              "(train one: python edu/12_pretrain.py)")
+    engine = Engine(model, tokenizer)
+
+    # 2. all prompts in one batch
+    prompts = [tokenizer.encode(prompt, prepend="<|bos|>") for prompt in cfg.prompt]
+    try:
+        results, _ = engine.generate_batch(prompts, 1, cfg.max_tokens, cfg.temperature, cfg.top_k,
+                                           cfg.seed)
+    except ValueError as error:
+        raise UserError(f"{error} (--prompt, --max-tokens)") from error
+    right = 0
+    for prompt, ids, row in zip(cfg.prompt, prompts, results):
+        text = tokenizer.decode(row[len(ids) :])
+        verdict = ""
+        if trained and prompt in QUESTIONS:
+            is_right = text.split(".")[0].strip().split(" ")[0] == QUESTIONS[prompt]
+            right += is_right
+            verdict = "  <- right" if is_right else f"  <- wrong, expected {QUESTIONS[prompt]}"
+        print(f"{prompt}|{text!r}{verdict}")
+
+    # 3. the same tokens with and without the cache
+    if cfg.bench_tokens:
+        count = min(cfg.bench_tokens, model.config.sequence_len - len(prompts[0]))
+        ids = prompts[0] + [i % 256 for i in range(40, 40 + count)]
+        print(f"cached = uncached over {count} tokens: largest logit difference "
+              f"{largest_difference(model, ids, len(prompts[0])):.6f}")
+        naive, cached = race(engine, prompts[0], count)
+        print(f"without cache {naive:.0f} tok/s, with cache {cached:.0f} tok/s: "
+              f"{cached / naive:.1f} times as fast")
+        print(f"result: tok/s without and with the cache {naive:.0f} -> {cached:.0f} (n={count})")
+    print("next: python edu/06_identity.py" if trained else "next: python edu/12_pretrain.py")
+
+
+# ---- the command line ----------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_script(run_engine, Config, argv, __doc__)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
