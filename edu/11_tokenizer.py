@@ -237,8 +237,8 @@ def open_shard(path):
     """An open ParquetFile with text in it. Raises UserError naming what is wrong with the file."""
     remedy = f"delete {path} and fetch it again: python edu/01_download.py"
     try:
-        # pre_buffer reads a row group's bytes ahead into memory that arrow is slow to give back
-        file = pq.ParquetFile(path, pre_buffer=False)
+        # read page by page through a small buffer: pre_buffer would hold a whole row group's bytes
+        file = pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; get it: python edu/01_download.py") from None
     except (pa.ArrowException, OSError) as error:
@@ -272,7 +272,9 @@ def parquet_texts(paths, rank=0, world_size=1, start=None):
                     skip -= rows
                     continue
                 try:
-                    for batch in file.iter_batches(128, row_groups=[group], columns=["text"]):
+                    # one thread: arrow's own would each hold a page, and tokenizing takes longer
+                    batches = file.iter_batches(128, [group], ["text"], use_threads=False)
+                    for batch in batches:
                         texts = batch.column(0).to_pylist()
                         if None in texts:
                             raise ValueError("a text is null")
