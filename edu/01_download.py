@@ -69,6 +69,7 @@ SHARD_BYTES = 100e6  # the same on disk, compressed
 TOKENS_PER_PARAMETER = 20  # compute-optimal (Chinchilla), as in nanochat/scripts/base_train.py
 CHARS_PER_TOKEN = 4.8  # at nanochat's vocabulary of 65,536
 CHUNK_BYTES = 1 << 20
+NOT_TRIED = "not tried, too many failed in a row"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -91,6 +92,8 @@ class Config:
     """shards fetched at the same time"""
     attempts: int = 6
     """tries per shard: the waits between six of them add up to 15 s on average"""
+    give_up_after: int = 4
+    """failures in a row after which the rest is not tried: that is the network, not a shard"""
     base_delay: float = 1.0
     """seconds; the wait after failure k is drawn from 0 to base_delay * 2^k"""
     longest_wait: float = 300.0
@@ -456,7 +459,7 @@ def copy_shard(source, path, report):
 
 def download_all(indices, base_url, config):
     """Fetch the shards `indices`, config.workers at a time; return {index: why it failed}."""
-    failures, seen, lock = {}, {}, threading.Lock()
+    failures, seen, in_a_row, lock = {}, {}, [], threading.Lock()
 
     def fetch(index):
         def report(have, size):
@@ -465,10 +468,15 @@ def download_all(indices, base_url, config):
                 # total = mean size of the shards begun * number of shards
                 bar.total = sum(size for _, size in seen.values()) * len(indices) // len(seen)
                 bar.update(sum(have for have, _ in seen.values()) - bar.n)
+        if len(in_a_row) >= config.give_up_after:
+            failures[index] = NOT_TRIED
+            return
         try:
             download_shard(index, config.data_dir, base_url, config, report=report)
+            in_a_row.clear()
         except (DownloadError, OSError) as error:
             failures[index] = str(error)
+            in_a_row.append(index)
 
     # Threads suffice: a thread that waits for the network does not hold the interpreter lock. Those
     # of ThreadPool are daemons, so Ctrl-C ends now, not when the slowest server has answered.
@@ -527,7 +535,8 @@ def check_config(config):
     if config.depth is not None and config.num_shards is not None:
         raise UserError(f"--depth {config.depth} and --num-shards {config.num_shards} both say how "
                         "many shards to fetch: give one of them")
-    for name, least in (("depth", 1), ("num_shards", 0), ("workers", 1), ("attempts", 1)):
+    for name, least in (("depth", 1), ("num_shards", 0), ("workers", 1), ("attempts", 1),
+                        ("give_up_after", 1)):
         value = getattr(config, name)
         if value is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} is {value}: it must be at least {least}")
@@ -554,8 +563,8 @@ def check_supply(wanted, missing, base_url, config):
     if base_url == hub_url() and wanted > DATASET_SHARDS:
         raise UserError(f"{wanted} shards wanted, FineWeb-Edu has {DATASET_SHARDS} here: take them "
                         f"all with --num-shards {DATASET_SHARDS} and train more than one epoch")
-    if base_url != hub_url() and config.depth is None:
-        return  # shards of unknown size
+    if not missing or (base_url != hub_url() and config.depth is None):
+        return  # nothing to fetch, or of unknown size
     needed, free = missing * SHARD_BYTES, shutil.disk_usage(config.data_dir).free
     print(f"disk: about {human(needed)} to fetch, {human(free)} free")
     if needed > free:
@@ -642,7 +651,11 @@ def report_failures(failures, config):
         return 0
     print(f"error: shards that could not be fetched: {len(failures)}", file=sys.stderr)
     for index, reason in sorted(failures.items()):
-        print(f"  {shard_name(index)}: {reason}", file=sys.stderr)
+        if reason != NOT_TRIED:
+            print(f"  {shard_name(index)}: {reason}", file=sys.stderr)
+    if NOT_TRIED in failures.values():
+        names = [shard_name(index) for index in sorted(failures) if failures[index] == NOT_TRIED]
+        print(f"  {names[0]} ... {names[-1]} ({len(names)} of them): {NOT_TRIED}", file=sys.stderr)
     print(f"go on, keeping what is here: {same_command(config)}", file=sys.stderr)
     if config.base_url == hub_url():
         print("no network? python edu/00_tiny_world.py makes a small world, then "

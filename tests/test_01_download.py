@@ -762,6 +762,13 @@ def test_without_a_network_the_default_says_why_and_what_works_offline(script, d
     assert "00_tiny_world.py" in err and "--base-url mirror" in err and "Traceback" not in err
 
 
+def test_with_the_network_down_the_rest_of_many_shards_is_not_tried(script, data):
+    code, _, err = script("--base-url", "http://127.0.0.1:9/x", "--num-shards", "700",
+                          "--attempts", "2")
+    assert code == 1 and "could not be fetched: 700" in err and "Connection refused" in err
+    assert "... shard_00699.parquet" in err and "not tried" in err and err.count("\n") < 40
+
+
 def test_hf_endpoint_names_another_hub(script, data, mirror, monkeypatch, server):
     mirror(FOUR, path="/datasets/karpathy/fineweb-edu-100b-shuffle/resolve/main")
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}/")
