@@ -29,8 +29,8 @@ Expect:
     next: python edu/02_dataloader.py
 
 Writes:
-    shard_00000.parquet and its followers; the last one is validation
-    .shards_from, where they came from: two corpora are never mixed in one folder
+    shard_00000.parquet  and its followers; the last one is validation
+    .shards_from  where they came from, so that two corpora are never mixed in one folder
 """
 import contextlib
 import email.utils
