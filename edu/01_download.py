@@ -23,9 +23,9 @@ Run:
 
 Expect:
     01 download - mirror - 4 workers
-    shards: 4 wanted, 0 already here, 4 to fetch
-    wrote ...shard_00000.parquet (3.4 MB)
-    result: shards on disk 0 -> 4 (n=12.9 MB)
+    shards: 5 wanted, 0 already here, 5 to fetch
+    wrote ...shard_00000.parquet (0.8 MB)
+    result: shards on disk 0 -> 5 (n=3.6 MB)
     next: python edu/02_dataloader.py
 
 Writes:
