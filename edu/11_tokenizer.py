@@ -223,13 +223,13 @@ def list_shards(data_dir, split="train"):
 
     Raises UserError when there is nothing to read. Source: nanochat/dataset.py.
     """
-    remedy = "python edu/01_download.py (offline: python edu/00_tiny_world.py, then\n" \
-        "    python edu/01_download.py --base-url mirror)"
     paths = sorted(Path(data_dir).glob("shard_*.parquet"))
     if len(paths) < 2:
-        found = f"only {paths[0].name}, and the last shard is validation" if paths else "none"
-        raise UserError(f"{data_dir} must hold at least two shard_*.parquet: {found}; "
-                        f"get more: {remedy}")
+        found = (f"there is only {paths[0].name}, and the last shard is validation" if paths else
+                 "there are none" if Path(data_dir).is_dir() else "the folder does not exist")
+        raise UserError(f"{data_dir} must hold two or more shard_*.parquet, but {found}; get them: "
+                        "python edu/01_download.py (or, with no network, python "
+                        "edu/00_tiny_world.py and python edu/01_download.py --base-url mirror)")
     return paths[:-1] if split == "train" else paths[-1:]
 
 
