@@ -352,7 +352,8 @@ def test_names_that_every_script_has_may_stand_in_several(tmp_path, name):
 
 
 def test_two_breaches_are_both_reported(tmp_path):
-    wrong = problems(write_tree(tmp_path, copy=COPY.replace("+", "-"), third="def only_here(): pass\n"))
+    third = "def only_here(): pass\n"
+    wrong = problems(write_tree(tmp_path, copy=COPY.replace("+", "-"), third=third))
     assert len(wrong) == 2
 
 
