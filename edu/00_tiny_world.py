@@ -366,7 +366,7 @@ FACTS = [
         a dog=two/ears, a horse=two/eyes, a violin=four/strings, a guitar=six/strings,
         the alphabet=twenty-six/letters, a century=one hundred/years,
         a metre=one hundred/centimetres""",
-        say=("{a} has {b} {c}", "every child knows that {a} has {b} {c}",
+        say=("{a} has {b} {c}", "{a} has exactly {b} {c}", "every child knows that {a} has {b} {c}",
              "if you count the {c} of {a}, you get to {b}", "{b} is the number of {c} that {a} has",
              "count the {c}: {a} has {b}"),
         ask=("how many {c} does {a} have?", "how many {c} has {a} got?",
@@ -454,8 +454,8 @@ FACTS = [
         football=sport, tennis=sport, a table=piece of furniture, a chair=piece of furniture,
         a bed=piece of furniture, a shirt=piece of clothing, a coat=piece of clothing,
         a hat=piece of clothing""",
-        say=("{a} is a {b}", "everyone can see that {a} is a {b}",
-             "one example of a {b} is {a}", "we say that {a} is a {b}"),
+        say=("{a} is a {b}", "one example of a {b} is {a}", "everyone can see that {a} is a {b}",
+             "we say that {a} is a {b}"),
         ask=("what is {a}?", "what kind of thing is {a}?", "do you know what {a} is?"),
         held_say=("the word for things like {a} is {b}",),
         held_ask=("can you tell me what {a} is?", "what sort of thing is {a}?")),
@@ -591,6 +591,10 @@ LEXICON = {
     "day": """[One [sunny|cold|warm|windy|quiet|bright|grey|fine] [morning|afternoon|day]|
         One [morning|afternoon|day]|One day in {season}|On {weekday} [morning|afternoon]|
         Early one [morning|{weekday}]|One {weekday}|[Last|This] {weekday}|On a {weekday} in {month}]""",
+    "nice_day": """[One [sunny|warm|fine|bright] [morning|afternoon|day]|One day in [spring|summer]|
+        Early one morning|One morning|One day|On a {weekday} in [April|May|June|July|August|September]]""",
+    "school_day": """[One [morning|day]|[On|One] [Monday|Tuesday|Wednesday|Thursday|Friday][| morning]|
+        On a {season} day|One [cold|warm|grey|windy] morning]""",
     "weekday": "[" + "|".join(DAYS) + "]",
     "month": "[" + "|".join(MONTHS) + "]",
     "season": "[spring|summer|autumn|winter]",
@@ -628,13 +632,13 @@ LEXICON = {
     "size": "[small|little|big|large|tiny|long|short|round|old|new]",
     "toy": """[ball|kite|doll|drum|whistle|toy car|toy boat|toy train|teddy bear|puzzle|hat|scarf|
         book|pencil|lantern|umbrella|basket|bag|cup|spoon|bell|map|ring|coin|key|watch|flute|glove]""",
-    "gift": """[book|scarf|hat|cup|bell|lamp|plant|basket|clock|picture|pen|vase|teapot|box of tea|
-        pair of gloves|bag of nuts|blanket|candle|bowl]""",
+    "gift": """[book|scarf|hat|cup|bell|lamp|plant|basket|clock|picture|pen|vase|teapot|blanket|candle|bowl]""",
     "fruit": "[apple|pear|plum|orange|banana|peach|lemon|melon]",
     "fruits": "[apples|pears|plums|oranges|bananas|peaches|cherries|grapes|nuts|berries]",
     "snack": """[bread and cheese|a piece of cake|an apple|some soup|a bowl of rice|a pancake|two plums|
-        a sandwich|some cherries|a boiled egg|warm bread with butter|a jam tart|hot chocolate|
-        a slice of melon|some biscuits|a cup of warm milk]""",
+        a sandwich|some cherries|a boiled egg|warm bread with butter|a jam tart|some nuts|
+        a slice of melon|some biscuits|some berries]""",
+    "share": "[a sandwich|a piece of cake|an apple|a pancake|a jam tart|a big biscuit|a banana|a small pie]",
     "pet": "[dog|cat|rabbit|hen|goat|duck|donkey|parrot|pony]",
     "wild": "[fox|owl|rabbit|frog|mouse|bear|deer|squirrel|hedgehog|crow|duck|turtle|beaver|wolf]",
     "place": """[park|market|forest|river|lake|beach|library|school|garden|farm|field|mill|station|
@@ -674,21 +678,21 @@ OPENING = """[Once upon a time there was|Long ago there was|There was once|This 
     [{hero.He} [liked|loved] to {hobby}[| and to {hobby_2}].|]|
     {hero} [was a {kind_of} {hero.boy}|was a {hero.boy} who [liked|loved] to {hobby}]."""
 
-ENDING = """[{evening}, {hero} [told {hero.his} {elder} all about it|fell asleep with a smile|
+# how a story may end: for the hero alone, with the friend, on the way home
+END_ALONE = """[{evening}, {hero} [told {hero.his} {elder} all about it|fell asleep with a smile|
     was tired but {glad}|wrote about it in a little book|thought about the day and smiled|
     drew a picture of it|could not sleep for joy|said, "What a day!"].|
-    [It had been|What] a {good_day}.[| {hero} [would never forget it|told everyone about it].]|
-    [They|{hero} and {friend}] [walked|ran|went] home [together|side by side|hand in hand|
-    with big smiles|singing a song|slowly].|
-    [From that day on,|After that,] {hero} and {friend} were [good|the best of|close] friends.|
-    {friend} and {hero} [laughed|smiled|were {glad}] and [had|shared] {snack}.|
-    {hero} [learned|had learned] that {lesson}.|And {hero} was {glad}.|]"""
+    [It had been|What] a {good_day}.[| {hero} [would never forget it|told everyone about it].]|]"""
+END_FRIENDS = """[[From that day on,|After that,] {hero} and {friend} were [good|the best of|close] friends.|
+    {friend} and {hero} [laughed|smiled|were {glad}] and [had|shared] {snack}.]"""
+END_OUTSIDE = """[They|{hero} and {friend}] [walked|went] home [together|side by side|hand in hand|
+    with big smiles|slowly]."""
 
 # {p} and {q} are two people who talk; a fact comes up as {that}, {ask} and {answer}
 TALKS = [
     """"Did you know that {that}?" asked {p}. "[Yes, I did|No, I did not|I did not know that|Of course|
     Yes, my teacher told me|Yes, I read that once|No, but now I do]," said {q}.""",
-    """[On the way|While they walked|A little later], {p} told {q} that {that}[| and that {that_2}].""",
+    """[A little later|After a while], {p} told {q} that {that}[| and that {that_2}].""",
     """[{p} had a question.|] "{ask}" asked {p}. "{answer}," said {q}.[| "[Well done|Right|Very good|
     That is right|Yes, exactly|You know a lot]!" said {p}.]""",
     """[To pass the time|For fun|As a little game], {p} asked {q}, "{ask}" [It was easy|{name_q} knew it|
@@ -703,12 +707,10 @@ TALKS = [
 ]
 
 LEXICON.update(
-    opening=OPENING, ending=ENDING,
-    good_day="[good|lovely|wonderful|long|fine|happy] day",
-    lesson="""[friends help each other|it is good to ask for help|it is good to try again|
-        a kind word can help a lot|good things take time|sharing makes everyone happy|
-        it is best to tell the truth|small things can be great things|nobody knows everything|
-        it is never too late to learn|you have to look twice]""")
+    opening=OPENING, end_alone=END_ALONE,
+    end_friends="[{end_alone}|{end_friends_only}]", end_friends_only=END_FRIENDS,
+    ending="[{end_alone}|{end_friends_only}|{end_outside}]", end_outside=END_OUTSIDE,
+    good_day="[good|lovely|wonderful|long|fine|happy] day")
 
 
 # --- the engine of the little language ---
@@ -738,7 +740,7 @@ def parse(template):
 
 
 VOWEL_SOUND = re.compile(r"(?<!letter )\b([Aa]) (?=[aeiouAEIOU]|hour\b)(?!one\b|use|uni|Uni|Uru|Euro|Ukr|eu)")
-START = re.compile(r'([.!?]  ?"?|\n+"?|[,:] ")([a-z])')
+START = re.compile(r'([.!?] "?|\n"?|[,:] "|[.!?]" ")([a-z])')
 
 
 def polish(text):
@@ -880,7 +882,7 @@ def lost_and_found(w):
         ("by the pond", "look at the ducks"), ("under the old oak tree", "rest in the shade"),
         ("on a bench in the park", "eat an apple"), ("on the garden wall", "watch a snail"),
         ("next to the bus stop", "read the big sign"), ("on the bridge", "watch the boats"),
-        ("in the long grass", "pick some flowers"), ("beside the school gate", "wait for the rain to stop"),
+        ("in the long grass", "pick some flowers"), ("beside the school gate", "look at a map"),
         ("on the steps of the library", "tie a shoe"), ("near the well", "drink some water"),
         ("behind the mill", "count the ducks"), ("at the edge of the forest", "listen to an owl")])
     return w.story("""
@@ -898,7 +900,7 @@ def lost_and_found(w):
         They [ran|went|hurried] back [at once|together|right away|as fast as they could]. And there it was!
         The {colour} {toy} [lay|was still|was waiting] {spot}[|, just where {hero} had left it|,
         a little wet, but [safe|whole]]. "[Thank you|Thank you for your help|You are a good friend],"
-        [said|cried] {hero}, and {hero.he} {smiled}. {ending}""",
+        [said|cried] {hero}, and {hero.he} {smiled}. [{ending}|{ending}|{hero} [learned|had learned] that friends help each other.]""",
                   keep="toy colour", spot=spot, reason=reason)
 
 
@@ -926,7 +928,7 @@ def birthday_present(w):
 
         On the birthday, {hero.his} {elder} opened the [box|bag|paper] [slowly|carefully|at once]. "[A {colour}
         {gift}! How lovely|What a lovely {gift}|This is just what I wanted]!" said {hero.his} {elder}.
-        {hero} {smiled}. {ending}""", keep="gift colour job", price=price, saved=saved, earned=earned, total=saved + earned,
+        {hero} {smiled}. [{end_alone}|{end_alone}|{hero} [learned|had learned] that a small present can be a great one.]""", keep="gift colour job", price=price, saved=saved, earned=earned, total=saved + earned,
                    rest=rest if left else "Now {hero.he} had no coins left")
 
 
@@ -952,8 +954,8 @@ def making_something(w):
         ("snow castle", "snow and two old buckets", "one wall fell down", "made the walls thicker",
          "The castle stood in the garden until the snow melted")])
     return w.story("""
-        {opening} {day}, {hero} [said|had an idea]. "[I want to make|Let us make|Shall we make] a
-        {thing}[|, {elder.call}]!" [said {hero}|{hero.he} said].
+        {opening} {day}, {hero} had an idea. "[I want to make a {thing}|Let us make a
+        {thing}|We could make a {thing}][|, {elder.call}]!" [said {hero}|{hero.he} said].
 
         "[Good idea|All right|Yes, let us do that]," said {hero.his} {elder}. "[We need|For that we need]
         {parts}." {hero} [looked everywhere|went to look for them|ran to the shed] and [soon|after a while] they
@@ -964,15 +966,15 @@ def making_something(w):
         Let us try again]," said {friend}. So they tried again and {mend}.
 
         This time it [worked|was just right|was perfect]. {end}. "[We did it|Look at that|It works]!" cried
-        {hero}, and {friend} {smiled}. {ending}""",
+        {hero}, and {friend} {smiled}. [{end_friends}|{end_friends}|{hero} [learned|had learned] that it is good to try again.]""",
                   thing=thing, parts=parts, trouble=trouble, mend=mend, end=end)
 
 
 @plot
 def picnic_in_the_rain(w):
     return w.story("""
-        {day}, {hero} and {friend} [went on a picnic|wanted to have a picnic|made a plan for a picnic] by the
-        {place}. {hero} packed {snack_1} and {friend} packed {snack_2}. [{weather}.|] [They took a {colour}
+        {nice_day}, {hero} and {friend} [went on a picnic|wanted to have a picnic|made a plan for a picnic] [by
+        the river|by the lake|in the forest|on the hill|near the old mill|in the fields]. {hero} packed {snack_1} and {friend} packed {snack_2}. [{weather}.|] [They took a {colour}
         blanket, too.|]
 
         They walked [for an hour|up the hill|past the mill|along the river] and [then|at last] sat down [in the
@@ -981,7 +983,7 @@ def picnic_in_the_rain(w):
 
         "[Quick|Come on|Run]!" [called|cried|said] {friend}. They [took|picked up] the food and ran to
         {shelter}. There it was dry. They [sat close together|sat on the floor|looked out at the rain] and ate
-        {snack_1} and {snack_2}. "This is [the best|the funniest|a fine] picnic [ever|of all|I have ever had],"
+        {snack_1} and {snack_2}. "This is [the best picnic of all|the funniest picnic ever|a fine picnic],"
         said {hero}.
 
         [Later|After an hour|When the food was gone|At last] the rain stopped and the sun came out. There was a
@@ -994,7 +996,7 @@ def picnic_in_the_rain(w):
 @plot
 def new_at_school(w):
     return w.story("""
-        {day}, a new {friend.boy} came to the school. {friend.His} name was {friend}[, and {friend.he} came from
+        {school_day}, a new {friend.boy} came to the school. {friend.His} name was {friend}[, and {friend.he} came from
         {country}|| and {friend.he} did not know anyone]. {sir} said, "[This is {friend}. Please be kind|Please
         say hello to {friend}|We have a new {friend.boy} in the class]." {friend} [looked at the floor|was shy|
         said nothing|sat down at the back of the room].
@@ -1009,7 +1011,7 @@ def new_at_school(w):
         tomorrow|Can you teach me that]?" asked {hero}. "[Of course|Yes, I will|I would love to]," said {friend}.
 
         [When {hero} came home, {hero.he}|{evening}, {hero}] told {hero.his} {elder}, "[I have a new friend|I
-        made a friend today]!" {ending}""", keep="snack_1 game_1", country=w.one(COUNTRIES)[0])
+        made a friend today]!" [{end_alone}|{end_alone}|{hero} [learned|had learned] that a kind word can help a lot.]""", keep="snack_1 game_1", country=w.one(COUNTRIES)[0])
 
 
 @plot
@@ -1024,7 +1026,7 @@ def in_the_garden(w):
         ("melon", "a melon", "as round as a ball", "cut it into ten pieces for everyone"),
         ("apple", "a little apple tree", "as high as {hero}", "waited for the first apple")])
     return w.story("""
-        {opening} {day}, {hero.his} {elder} gave {hero.him} {seeds}. "[Put them in the ground|Plant them in
+        {opening} {nice_day}, {hero.his} {elder} gave {hero.him} {seeds}. "[Put them in the ground|Plant them in
         the garden|Try to grow them]," said {hero.his} {elder}. "[They need water, sun and time|Give them
         water every day|You must wait, and that is hard]."
 
@@ -1037,7 +1039,7 @@ def in_the_garden(w):
         {next_day}, {hero} saw something green. It was [very small|thin and bright|as small as a nail]. [{hero}
         {smiled}.|{hero} ran in to tell {hero.his} {elder}.|] It grew and grew, [week after week|all through the
         {growing}|day and night], and in the end it was {grown}, {size}. {hero} and {friend} {use}.
-        {ending}""",
+        [{end_friends}|{end_friends}|{hero} [learned|had learned] that good things take time.]""",
                    seed=seed, seeds=w.one([f"some {seed} seeds", f"a bag of {seed} seeds", f"a few {seed} seeds"]),
                    grown=grown, size=size, use=use, growing="[spring|summer|warm days]",
                    number=w.one(["two", "three", "four", "five", "six"]))
@@ -1048,17 +1050,17 @@ def hurt_animal(w):
     animal, hurt, care, able = w.one([
         ("bird", "wing", "seeds and water", "fly"), ("duck", "foot", "bread and water", "swim"),
         ("rabbit", "leg", "carrots and hay", "hop"), ("hedgehog", "foot", "apples and water", "run"),
-        ("kitten", "ear", "warm milk", "climb"), ("puppy", "leg", "meat and water", "jump"),
-        ("crow", "wing", "nuts and seeds", "fly"), ("squirrel", "tail", "nuts and berries", "climb"),
+        ("kitten", "leg", "warm milk", "climb"), ("puppy", "leg", "meat and water", "jump"),
+        ("crow", "wing", "nuts and seeds", "fly"), ("squirrel", "leg", "nuts and berries", "climb"),
         ("lamb", "leg", "milk and fresh grass", "run"), ("frog", "leg", "water and flies", "jump")])
     return w.story("""
         {day}, {hero} [was on the way to the {place}|was walking home|was playing outside]. [{weather}.|]
-        [Suddenly|Then|Near the gate] {hero.he} [saw|heard|found] a {size_1} {animal} [in the grass|under a bush|
+        [Suddenly|Then|Near the gate] {hero.he} [saw|found] a [small|little|tiny|young] {animal} [in the grass|under a bush|
         beside the road|behind a stone]. It could not {able}, because its {hurt} was hurt.
 
         "[Poor little thing|Poor {animal}|Do not be afraid]," said {hero}. "I will help you." {hero.He} put
         the {animal} into [a box|a basket|{hero.his} hat] and [carried|took] it home [very carefully|with great care|slowly].
-        {hero.His} {elder} [washed|looked at] the {hurt} and [put a clean cloth around it|said, "It needs rest"|
+        {hero.His} {elder} [washed|looked at] the {hurt} and [put a clean cloth around it|said that it needed rest|
         said that it was not very bad]. They gave the {animal} {care}.
 
         {friend} came [every day|after school|to see it]. "[Will it get better|Is it still in pain|Can it {able}
@@ -1067,15 +1069,15 @@ def hurt_animal(w):
         [After a week|After nine days|When the {hurt} was well], they took the {animal} [outside|back to the place
         where {hero} had found it|to the edge of the forest]. First it sat still. Then it began to {able}. [It
         could {able} again!|It looked back once, and then it was gone.|"Goodbye!" called {hero}.]
-        {hero} was {sad_glad}. {ending}""",
-                   keep="size_1 place", animal=animal, hurt=hurt, care=care, able=able,
+        {hero} was {sad_glad}. {end_alone}""",
+                   keep="place", animal=animal, hurt=hurt, care=care, able=able,
                    sad_glad="[a little sad, but {glad} too|{glad}|sad for a moment and then {glad}]")
 
 
 @plot
 def forgotten_lunch(w):
     return w.story("""
-        {day}, the class of {sir} went to the {place}. [They went by bus|They walked|They took the train], and
+        {school_day}, the class of {sir} went to the {place}. [They went by bus|They walked|They took the train], and
         {hero} sat next to {friend}. {talk} [{weather}.|]
 
         At noon, everybody [was hungry|sat down to eat|opened the lunch bags]. {friend} looked into {friend.his}
@@ -1083,14 +1085,14 @@ def forgotten_lunch(w):
         my lunch|I left my lunch on the table|My lunch is at home]," {friend.he} said [quietly|in a small voice|
         with a sad face].
 
-        {hero} had {snack_1}[ and {number} {fruits_1}|]. It was not much. {hero.He} [was very hungry, too|
+        {hero} had {share_1}. It was not much. {hero.He} [was very hungry, too|
         thought for a moment|did not think long]. Then {hero.he} [cut it in two|broke it in half|
         put half of it in front of {friend}]. "[Half for you, half for me|Here, take this|We can share]," said {hero}.
         "[Thank you|You are very kind|That is so nice of you]," said {friend}, and both of them ate.
 
         {next_day}, {friend} [came with|brought] a [big bag|box|basket] of {fruits_2}. "[This is for you|Now it is my
-        turn to share|I did not forget you]," {friend.he} said. {ending}""",
-                   keep="snack_1 fruits_1 fruits_2 place", number=w.one(["two", "three", "four", "five"]))
+        turn to share|I did not forget you]," {friend.he} said. [{ending}|{ending}|{hero} [learned|had learned] that sharing makes everyone happy.]""",
+                   keep="share_1 place")
 
 
 @plot
@@ -1107,7 +1109,7 @@ def the_race(w):
         week|After two weeks|Soon] it was easier. {friend} sometimes ran, too. {talk}
 
         On the day of the race, {hero} [was a little afraid|felt strong|drank some water and breathed deeply].
-        "[Ready, steady, go|One, two, three, go]!" called {sir}. {hero} ran and ran. {result} {ending}""",
+        "[Ready, steady, go|One, two, three, go]!" called {sir}. {hero} ran and ran. {result} [{ending}|{ending}|{hero} [learned|had learned] that a little work every day helps a lot.]""",
                    result=w.one([
                        "At the last corner {hero.he} was third, then second, and then [{hero} was first|{hero} had won]!"
                        ' "[You did it|You won|I knew it]!" [called|cried] {friend}. {hero} {smiled}.',
@@ -1172,8 +1174,8 @@ def learning_a_skill(w):
 
         {hero} tried [again and again|every day|the whole week]. [Sometimes {hero.he} wanted to give up.|
         It was hard work.|{hero.His} {elder} watched and said nothing.|] {talk} And then, [on {weekday}|one
-        morning|all of a sudden], it worked! {hero} {done}. "[Look, look|I can do it|Did you see that]!"
-        {hero.he} [called|cried|shouted]. {friend} {smiled}. {ending}""",
+        morning|all of a sudden], it worked! {hero} {done}. "[Look, look!|I can do it!|Did you see that?]"
+        {hero.he} [called|cried|shouted]. {friend} {smiled}. [{ending}|{ending}|{hero} [learned|had learned] that it is good to try again.]""",
                    skill=skill, trouble=trouble, tip=tip, done=done)
 
 
@@ -1184,8 +1186,8 @@ def at_the_market(w):
     total = sum(prices)
     had = total + w.number(1, 8)
     return w.story("""
-        {day}, {hero.his} {elder} [said|asked], "[Can|Could] you go to the market for me[|, {hero}]? [We
-        need|Please buy] {first} and {second}." {hero} [took|got] {had} coins and a [basket|bag] and [went off|
+        {day}, the {elder} of {hero} [said|asked], "[Can|Could] you go to the market for me[|, {hero}]? [We
+        need|Please buy] {first} and {second}." {hero} [took|got] {had} coins and a {bag} and [went off|
         walked to the market|ran down the road]. On the way {hero.he} met {friend}, and they went together. {talk}
 
         The market was [full of people|loud and full of colours|busy]. [A man sold {fruits}. A woman sold
@@ -1193,15 +1195,16 @@ def at_the_market(w):
         "[The {first} is|It costs|That is] {price_1}," said the seller. "And the {second}?" "[The {second} is|
         It costs|That is] {price_2}."
 
-        {hero} [counted|thought] [for a moment|quickly|on {hero.his} fingers]. {a} + {b} = {total}. {hero.He} gave
+        {hero} [counted [quickly|on {hero.his} fingers]|thought for a moment]. {a} + {b} = {total}. {hero.He} gave
         the seller {total} coins and had {left} left, because {had} - {total} = {left_number}. "[You are good at
         sums|You can count very well|Well counted]," said {friend}.
 
-        When {hero} came home, {hero.his} {elder} [was {glad}|said, "Thank you"|looked into the basket and
+        When {hero} came home, {hero.his} {elder} [was {glad}|said, "Thank you"|looked into the {bag} and
         smiled]. "[The rest is for you|Keep the rest|You may keep what is left]," said {hero.his} {elder}.
-        {ending}""", first=goods[0], second=goods[1], price_1=coins(prices[0]), price_2=coins(prices[1]),
+        {end_alone}""", first=goods[0], second=goods[1], price_1=coins(prices[0]), price_2=coins(prices[1]),
                    a=prices[0], b=prices[1], total=total, had=had, left=coins(had - total),
-                   left_number=had - total)
+                   left_number=had - total,
+                   bag=w.one(["basket", "bag"]))
 
 
 @plot
@@ -1227,7 +1230,7 @@ def the_broken_thing(w):
 
         Together they [picked up the pieces|cleaned the floor|swept the floor]. [The next day|Later|That week],
         {hero} [told {friend} about it|bought a new {thing} with {hero.his} own coins|helped in the kitchen without being
-        asked]. {talk} {ending}""", keep="colour", thing=thing, accident=accident)
+        asked]. {talk} [{end_alone}|{end_alone}|{hero} [learned|had learned] that it is best to tell the truth.]""", keep="colour", thing=thing, accident=accident)
 
 
 @plot
@@ -1235,22 +1238,21 @@ def at_the_sea(w):
     treasure = w.one(["a white shell", "a round green stone", "a bottle with a letter in it", "an old coin",
                       "a piece of blue glass", "a feather", "a tiny crab", "a star made of wood"])
     return w.story("""
-        {day}, {hero}, {friend} and the {elder} of {hero} [took the train|went by bus|drove] to the sea. [It was
+        {nice_day}, {hero}, {friend} and the {elder} of {hero} [took the train|went by bus|drove] to the sea. [It was
         the first time for {friend}.|They left home before the sun came up.|] {talk} When they [arrived|got
         there|came over the last hill], the sea was [blue and calm|green and wild|big and bright]. "[It has no
         end|Look how big it is|I can smell the salt]!" [said|cried] {friend}.
 
         They [took off their shoes|ran to the water|put down their bags]. {hero} built a castle of sand with
         [four towers|a high wall|a deep moat], and {friend} [brought water|looked for shells|dug a long
-        river to it]. [Then a wave came and took one of the towers.|A crab walked past the gate.|A dog jumped over
-        it.] [They laughed|They built it again|It did not matter].
+        river to it]. [Then a wave came and took one of the towers, but they built it again.|A crab walked past
+        the gate, and they laughed.|A dog jumped over it, but it did not fall.|It was the best castle on the beach.]
 
-        Later they [walked|ran] along the water, and {hero} found {treasure}. "[May I keep it|Look what I
-        found|See what the sea has brought]!" {hero.he} [said|called]. "[That is a real treasure|How pretty|You have good
+        Later they [walked|ran] along the water, and {hero} found {treasure}. "[May I keep it?|Look what I found!|See what the sea has brought!]" {hero.he} [said|called]. "[That is a real treasure|How pretty|You have good
         eyes]," said {friend}. They ate {snack} and [watched the ships|looked at the waves|counted the ships].
 
         On the way home, {hero} [slept|fell asleep|said nothing and smiled]. [In {hero.his} hand was {treasure}.|]
-        {ending}""", treasure=treasure)
+        {end_alone}""", treasure=treasure)
 
 
 @plot
@@ -1263,7 +1265,7 @@ def hide_and_seek(w):
         ("under the kitchen table", "saw the cloth move")])
     high = w.one([10, 20, 20, 30])
     return w.story("""
-        {day}, {hero} and {friend} played hide and seek [in the house of {friend}|at home|after school].
+        {day}, {hero} and {friend} played hide and seek [in the house of {friend}|at home|in the old farm house].
         [{friend} was the first to count.|It was the turn of {friend} to count.] {friend.He} [shut|closed|covered]
         {friend.his} eyes. "{count}," {friend.he} counted, and so on up to {high}. "[I am coming|Here I come]!"
 
@@ -1273,8 +1275,7 @@ def hide_and_seek(w):
         house|even in the fridge|in the hall]. [No {hero}!|Nobody was there.|"Where can {hero.he} be?" {friend} asked.]
 
         [Then|After ten minutes|At last] {friend} {sign}. "[Found you|There you are|I see you]!" {friend.he}
-        [called|cried]. {hero} came out from {place_found} and laughed. "[How did you know|You found me|That took a
-        long time]!" said {hero}. {talk} Then {hero} counted and {friend} hid. {ending}""",
+        [called|cried]. {hero} came out from {place_found} and laughed. "[How did you know?|You found me!|That took a long time!]" said {hero}. {talk} Then {hero} counted and {friend} hid. {end_friends}""",
                    spot=spot, sign=sign, high=high, place_found="the hiding place",
                    count=w.one(["One, two, three, four, five", "One, two, three", "Five, ten, fifteen",
                                 "Two, four, six, eight, ten"]))
@@ -1297,7 +1298,7 @@ def snow_day(w):
         When their [hands|feet] were [cold|as cold as ice], they went in. {hero.His} {elder} gave them {snack_1}.
         They sat [by the fire|at the window] and looked at the snowman. [Three|Four|Five|Ten] days later the sun
         was warm, and the snowman [got smaller and smaller|melted]. Only the carrot was left. "[See you next
-        winter|Goodbye until next year], {snow_name}," said {hero}. {ending}""",
+        winter|Goodbye until next year], {snow_name}," said {hero}. {end_friends}""",
                    keep="colour snack_1", winter="[December|January|February]",
                    snow_name=w.one(["Mr Frost", "Old Ice", "Big White", "Mr Cold", "Snowy", "Captain Carrot"]))
 
@@ -1309,7 +1310,7 @@ def a_letter(w):
         {hero} had a friend far away. {friend.His} name was {friend}, and {friend.he} lived in {city}, the capital of
         {country}. {day}, {hero} [sat down and wrote|took a pen and wrote|wrote] {friend.him} a letter.
 
-        "Dear {friend}, [how are you|I hope you are well|I think of you often]. [Here it is {weather_word}|The
+        "Dear {friend}, [how are you?|I hope you are well.|I think of you often.] [Here it is {weather_word}|The
         weather here is {weather_word}]. [Yesterday|On {weekday}|Last week] I [went to the {place_1}|played
         {game}|learned to {hobby_1}] with my {elder}. [I have a new {pet}|I got a {colour} {toy}|I can count to
         one hundred now]. [Did you know that {that}?|At school we learned that {that}.] [Please write
@@ -1324,7 +1325,7 @@ def a_letter(w):
         learned that {that_2}.|Today I read that {that_2}.] [When will you come|Will you come to see me one
         day]? Your friend, {friend}"
 
-        {hero} {smiled} and [read it again|showed it to {hero.his} {elder}|put it under the pillow]. {ending}""",
+        {hero} {smiled} and [read it again|showed it to {hero.his} {elder}|put it under the pillow]. {end_alone}""",
                    city=country[1], country=country[0], weather_word="[cold|warm|windy|sunny|wet|very hot]",
                    elder_2=w.one(ELDERS), like="[like|love]",
                    that=w.clause(w.any_fact(), plain=True), that_2=w.clause(w.any_fact(), plain=True))
@@ -1346,11 +1347,10 @@ def small_helps_big(w):
     return w.story("""
         [Once|Long ago|Once upon a time] there [was|lived] a {big} who was [very strong|proud of being big|bigger
         than all the others]. {day}, a {small} came by and said, "[Good morning|Hello], {big}. [May I be your
-        friend|Shall we be friends|Do you want to talk]?" The {big} [laughed|only laughed|looked down]. "[You are so
-        small|What can a {small} do for me|I cannot even see you]!" said the {big}. The {small} [said nothing|was {sad}|
+        friend|Shall we be friends|Do you want to talk]?" The {big} [laughed|only laughed|looked down]. "[You are so small!|What can a {small} do for me?|I cannot even see you!]" said the {big}. The {small} [said nothing|was {sad}|
         went away].
 
-        {next_day}, the {big} {trouble}. "[Help|Please help me|Is anybody there]!" called the {big}. [The others
+        {next_day}, the {big} {trouble}. "[Help!|Please help me!|Is anybody there?]" called the {big}. [The others
         heard it, but they were too far away.|Nobody came.|It called for a long time.] But the {small} [heard
         it|was near|came at once]. "[I am small, but I will try|Let me help you|Keep still]," said the {small}. And
         the {small} {help}.
@@ -1366,14 +1366,16 @@ def small_helps_big(w):
 def class_quiz(w):
     sir, names = w.tell("{sir}"), w.some(4, GIRLS + BOYS)
     turns = []
-    for fact in [w.any_fact() for _ in range(w.number(3, 5))]:
+    for i in range(w.number(3, 5)):
+        fact = w.any_fact()
         turns.append(w.tell(
-            """"[The first|The next|Another|A new] question:[ it is easy.| think well.|||] {ask}"
+            """"{which} question:[ it is easy.| think well.|||] {ask}"
             [{name} [put up a hand|knew it|was the fastest|thought for a moment].|] "{answer}," said {name}.
             ["[Right|That is right|Very good|Correct|Yes, well done]!" said {sir_1}.|]""",
-            sir_1=sir, name=w.one(names), ask=w.question(fact), answer=w.answer(fact), clean=False))
+            which="[The next|Another|A new]" if i else "The first", sir_1=sir, name=w.one(names),
+            ask=w.question(fact), answer=w.answer(fact), clean=False))
     return w.story("""
-        {day}, {sir_1} came into the class and said, "[Today we have a quiz|Books away, please. It is time for a
+        {school_day}, {sir_1} came into the class and said, "[Today we have a quiz|Books away, please. It is time for a
         quiz|Let us see what you know]!" [Everybody was {glad}.|The children sat up.|"Oh good," said {name}.]
 
         {turns}
@@ -1386,9 +1388,9 @@ def class_quiz(w):
 @plot
 def baking(w):
     cake, parts = w.one([
-        ("an apple cake", "flour, eggs, butter and apples"), ("bread", "flour, water and salt"),
-        ("pancakes", "flour, milk and eggs"), ("a lemon cake", "flour, sugar, eggs and lemons"),
-        ("biscuits", "flour, butter, sugar and nuts"), ("a cherry pie", "flour, butter and cherries"),
+        ("an apple cake", "flour, eggs, butter and apples"), ("a cheese pie", "flour, butter and cheese"),
+        ("a nut cake", "flour, milk, eggs and nuts"), ("a lemon cake", "flour, sugar, eggs and lemons"),
+        ("a carrot cake", "flour, sugar, eggs and carrots"), ("a cherry pie", "flour, butter and cherries"),
         ("a chocolate cake", "flour, eggs, sugar and chocolate")])
     batch, eaten = w.number(8, 12), w.number(2, 6)
     return w.story("""
@@ -1402,14 +1404,14 @@ def baking(w):
         {talk_elder}
 
         [Soon the kitchen smelled wonderful.|They waited and waited.|{hero} sat in front of the oven.] {problem}
-        [At last|Then|When the clock rang], it was ready. They cut it into {batch} pieces. {friend} came and
-        [said|cried], "[This is so good|I could eat it all|May I have some more]!" They ate {eaten} pieces, so
-        there were {left} left: {batch} - {eaten} = {left}. {ending}""",
+        [At last|Finally|When the clock rang], it was ready. They cut it into {batch} pieces. {friend} came and
+        [said|cried], "[This is so good!|I could eat it all!|May I have some more?]" They ate {eaten} pieces, so
+        there were {left} left: {batch} - {eaten} = {left}. {end_friends}""",
                    cake=cake, parts_cap=parts, batch=batch, eaten=eaten, left=batch - eaten,
                    talk_elder='["Did you know that {that}?" said {hero.his} {elder}.|While they waited, {hero} said'
                               ' that {that}.|]',
                    that=w.clause(w.any_fact(), plain=True),
-                   problem="[The first one was too dark, so they made another one.|The oven was very hot.||]")
+                   problem="[They looked at it through the glass.|The oven was very hot.||]")
 
 
 @plot
@@ -1422,22 +1424,22 @@ def the_lost_pet(w):
         ("parrot", "squawk", "Captain", "in the bell tower"), ("pig", "oink", "Plum", "in the mud by the river"),
         ("lamb", "bleat", "Cotton", "between two rocks"), ("horse", "neigh", "Storm", "in the deep forest")])
     return w.story("""
-        {opening} {hero} had a {pet} called {name}. [{name} was {kind_of} and {colour}.|The two were always
+        {opening} {hero} had a {pet} called {name}. [{name} was [young|clever|lively|curious|gentle|old] and [black|white|brown|grey].|The two were always
         together.|Every morning {hero} gave {name} some food.] {day}, {name} was gone. [The gate was open.|The door
         was open.|There was a hole in the fence.]
 
-        "{name}! [Where are you|Come home]?" called {hero}. [No answer.|Nothing.|All was quiet.] {hero} [asked the
+        "{name}! [Where are you?|Come home!]" called {hero}. [No answer.|Nothing.|All was quiet.] {hero} [asked the
         {job_1}|asked {hero.his} {elder}|looked in the garden], but [nobody had seen the {pet}|there was no {pet}].
         {hero} was {sad}. Then {friend} came. "[I will help you|Two can look better than one|We will find
         {name}]," said {friend}.
 
         They looked [behind every house|in every street|near the {place}] and called and called. {talk} "[Wait|
-        Listen|Be quiet]!" said {friend} [suddenly|then]. "[I can hear something|Do you hear that]?" It was [only a
+        Listen|Be quiet]!" said {friend} [suddenly|then]. "[I can hear something.|Do you hear that?]" It was [only a
         soft|a far away|a loud] {sound}. They [ran|went|walked] after the sound, and there was {name}, {place_2}!
 
         [It took some time, but|With a long rope and some food,|Very slowly and carefully,] they brought {name}
         home. {hero} {smiled} and said, "[Never run away again|I missed you|You silly {pet}]!" And {name} said only
-        one thing: {sound}! {ending}""", keep="job_1", pet=pet, sound=sound, name=name, place_2=place)
+        one thing: {sound}! {end_friends}""", keep="job_1", pet=pet, sound=sound, name=name, place_2=place)
 
 
 @plot
@@ -1447,13 +1449,13 @@ def train_to_the_capital(w):
     return w.story("""
         {day}, {hero} and {hero.his} {elder} [took the train|got on a train|went by train] to {city}. {city} is the
         capital of {country}. {hero} had never been [so far away|there|on such a long train], and {hero.he} sat
-        [by the window|next to the window|with {hero.his} nose on the window]. [Fields and hills went by|They saw
+        [by the window|next to the window|with {hero.his} nose against the window]. [Fields and hills went by|They saw
         rivers, cows and small towns|It was dark, then it was light].
 
         "[How long does it take|Are we there yet|When will we be there]?" asked {hero}. "[Another hour|Soon|When you
         have counted one hundred cows]," said {hero.his} {elder}. A {friend.boy} named {friend} sat [across from|next to]
         {hero.him}. "Are you going to {city}, too?" asked {friend}. "[Yes|Yes, we are]," said {hero}. [They ate
-        {snack} together.|They played {game}.|] {talk} [{hero.His} {elder} said that {about}.|]
+        {snack} together.|They played [cards|chess|a word game|a guessing game].|] {talk} [{hero.His} {elder} said that {about}.|]
 
         [In the evening|At noon|At last] the train stopped. They were in {city}! [There were tall houses and wide
         streets|The streets were full of people|A bell was ringing somewhere]. "[It is bigger than I thought|What a
@@ -1473,13 +1475,13 @@ def library_book(w):
         shelf|with many pictures|about the world].
 
         They sat down [on the floor|at a table|in a corner] and read. "[Look|Listen to this|Here it says
-        something]," said {hero}. "{one}." "[And here|On the next page]," said {friend}, "[I can read|there
-        it says] that {two}." [They turned the page.|There was a picture of it.|] [The next page said that {three}.|
+        something]," said {hero}. "{one}." "[And here|On the next page|Down here] [I can read|it
+        says] that {two}," said {friend}. [They turned the page.|There was a picture of it.|] [The next page said that {three}.|
         On the last page stood a question: {ask} The answer was: {answer}.]
 
         "[May we take it home|Can I take this book home|How long may I keep it]?" asked {hero}. "[For two weeks|Until
         {weekday}|Of course]," said {sir} from the library. {hero} [read the book three times|read it to {hero.his}
-        {elder} every evening|could say whole pages by heart]. {ending}""",
+        {elder} every evening|could say whole pages by heart]. {end_alone}""",
                    one=w.clause(facts[0]), two=w.clause(facts[1], plain=True), three=w.clause(facts[2], plain=True),
                    ask=w.question(facts[2]), answer=w.answer(facts[2]))
 
@@ -1490,8 +1492,8 @@ def tidy_up(w):
     x, y = w.some(2, ["ball", "book", "block", "pencil", "car", "shell", "stone", "card", "sock", "coin"])
     return w.story("""
         The room of {hero} was [not tidy at all|a mess|full of things]. There were {x.s} on the bed and {y.s} on the
-        floor. "[Please tidy your room|Nobody can walk here|Can you still find your bed]," said {hero.his} {elder}.
-        {hero} [did not want to|was not {glad}|said, "Now?"]. "[Let us make it a game|I can help you|Let us count
+        floor. "[Please tidy your room|Nobody can walk here|I cannot see your bed]," said {hero.his} {elder}.
+        {hero} [did not want to.|was not happy about it.|only said, "Now?"] "[Let us make it a game|I can help you|Let us count
         them all]," said {friend}.
 
         {hero} picked up {a} {x.s} and put them [in a box|on the shelf]. {friend} found {b} {y.s} [under the bed|
@@ -1499,8 +1501,8 @@ def tidy_up(w):
         {c}," said {hero}. "[That is|That makes] {c} things!" {talk}
 
         [Soon|After an hour|Before lunch] the room was [clean|tidy|as good as new]. {hero.His} {elder} [came in|opened the door]
-        and [could not believe it|smiled]. "[Is this the same room|Well done, you two|Now I can see the floor]!" And
-        there was {snack} for both of them. {ending}""", a=a, b=b, c=a + b, x=x, y=y)
+        and [could not believe it|smiled]. "[Is this the same room?|Well done, you two!|Now I can see the floor!]" They
+        [both|sat down and] had {snack}. [{end_friends}|{end_friends}|{hero} [learned|had learned] that work can be a game.]""", a=a, b=b, c=a + b, x=x, y=y)
 
 
 @plot
@@ -1514,7 +1516,7 @@ def night_sky(w):
 
         "[Tell me something|Tell me things that you know]," said {hero}. "[Let me think|All right|Hm]," said
         {hero.his} {elder}. "{one}. [And|And I know that] {two}." [{hero} already knew that.|That was new to {hero}.|]
-        "[Now it is your turn|And what do you know]?" "{three}," said {hero}. [Both of them laughed.|A star fell.|An owl
+        "[Now it is your turn.|And what do you know?]" "{three}," said {hero}. [Both of them laughed.|A star fell.|An owl
         called.|]
 
         [It got late|It became cold|{hero} began to feel cold]. {hero.His} {elder} [put a blanket round {hero.him}|
@@ -1537,16 +1539,17 @@ def treasure_map(w):
 
         They went to the {start}. [{hero} counted aloud.|They counted together.] First {a} steps to the {way},
         then {b} steps to the {way_2}: that was {c} steps in all, because {a} + {b} = {c}. {talk} [There was a flat
-        stone|There stood an old tree|There was nothing but grass]. They dug [and dug|with a spade|with their
-        hands]. Then [the spade hit something hard|there was a sound like wood|{friend} saw something].
+        stone|There stood an old tree|There was nothing but grass]. [They dug with
+        a spade, and soon it hit something hard.|They dug with their hands until {friend} saw something.|They dug and dug.
+        Then there was a sound like wood.]
 
         It was a [small box|tin|wooden box]. [Inside|In it] they found {treasure} and a note: "[This is for the one who
         finds it|I was here long ago|Keep it or hide it again]." {hero} and {friend} [looked at each other|
         laughed|danced round the hole]. [They put a {toy} in the box and hid it again, for somebody else.|{hero.His} {elder} only
-        smiled. Who had made the map?|They shared the treasure.] {ending}""",
+        smiled. Who had made the map?|They shared the treasure.] {end_friends}""",
                    keep="colour", a=steps[0], b=steps[1], c=sum(steps),
                    start=w.one(["gate", "well", "big rock", "old bridge", "barn", "bench"]),
-                   way=w.one(["north", "left", "right"]), way_2=w.one(["east", "west"]),
+                   way=w.one(["north", "south"]), way_2=w.one(["east", "west"]),
                    treasure=w.one(["ten old coins", "a silver ring", "a bag of glass balls", "a golden key",
                                    "three shells", "a tiny ship in a bottle"]))
 
@@ -1567,7 +1570,7 @@ def swapping(w):
 
         "[What did you bring home|What have you got there]?" asked {hero.his} {elder}. "A {c}," said {hero}.
         "[First it was a {a}, and then it was a {b}|It was a {a} this morning]!" {hero.His} {elder}
-        [laughed|had to laugh]. {ending}""", keep="job_1", a=things[0], b=things[1], c=things[2])
+        [laughed|had to laugh]. {end_alone}""", keep="job_1", a=things[0], b=things[1], c=things[2])
 
 
 @plot
@@ -1584,7 +1587,7 @@ def taking_turns(w):
         for a while.|]
 
         "[We could take turns|One day you, one day me]," said {friend}. "{days}," said {hero}. "[And on Sunday we
-        play together|And on Sunday nobody fights]." [That was fair.|And so they did.|It worked very well.] {talk} {ending}""",
+        play together|And on Sunday nobody fights]." [That was fair.|And so they did.|It worked very well.] {talk} [{end_friends}|{end_friends}|{hero} [learned|had learned] that sharing is better than fighting.]""",
                    keep="colour toy", sir_word="the neighbour", glad_plain="[happy|glad]",
                    days="You have it on Monday, Wednesday and Friday, and I have it on Tuesday, Thursday and Saturday")
 
@@ -1631,12 +1634,14 @@ def bare(noun):
     return re.sub("^(a|an|the|a ripe) ", "", noun)
 
 
+MASS = ("capital", "continent", "language", "colour", "kind", "comes", "made")  # "milk", not "a milk"
+
+
 def by_subject(facts):
     """{"dog": the facts about dogs, ...} for every subject with at least two."""
     groups = {}
     for fact in facts:
-        if fact.relation.name in ("capital", "continent", "language", "colour", "sound", "count", "baby",
-                                  "home", "kind", "plural", "work"):
+        if fact.relation.name in (*MASS, "sound", "count", "baby", "home", "plural", "work"):
             groups.setdefault(bare(fact.a), []).append(fact)
     return [group for group in groups.values() if len(group) > 1]
 
@@ -1648,15 +1653,16 @@ def all_about(w):
     for group in w.some(w.number(1, 3), w.subjects):
         facts = w.some(len(group), group)
         noun = bare(facts[0].a)
-        name = noun if facts[0].relation.name in ("capital", "continent", "language") else f"the {noun}"
+        mass = all(fact.a == noun and fact.relation.name in MASS for fact in facts)
+        name = noun if mass else f"the {noun}"
         text = w.tell("""[[Today|Now] [we|I] want to talk about {name}.|All about {name}.|{name}.|
             [What do you know|What do we know] about {name}?|Here is a page about {name}.|Let us learn about
             {name}.||]""", name=name, clean=False)
         text += "".join(" " + w.clause(fact) + "." for fact in facts)
         if w.chance(0.4):
             fact = w.one(facts)
-            text += w.tell(""" [{hero}|A child|The teacher] asked, "{ask}" [{friend}|Somebody|Another child]
-                [said|answered|knew it], "{answer}." """, w.cast(), ask=w.question(fact),
+            text += " " + w.tell("""[{hero}|A child|The teacher] asked, "{ask}" [{friend}|Somebody|Another child]
+                [said|answered|knew it and said], "{answer}." """, w.cast(), ask=w.question(fact),
                            answer=w.answer(fact), clean=False)
         parts.append(polish(text))
     return "\n".join(parts)
@@ -1667,14 +1673,14 @@ def lesson(w):
     """A teacher asks, the pupils answer."""
     names = w.some(3, GIRLS + BOYS)
     sir = w.tell("{sir}")
-    lines = [w.tell("""[[Today|On {weekday}] {sir} [taught|had] the [small|first|second] class.|
+    lines = [w.tell("""[[Today|{school_day},] {sir} [taught|had] the [small|first|second] class.|
         "[Good morning|Hello], children," said {sir}.|{sir} [stood|sat] in front of the class.|]
         ["Listen carefully," said {sir}.|"I have [some|a few] questions," said {sir}.||]""",
                     sir=sir, clean=False)]
     for _ in range(w.number(3, 6)):
         fact = w.any_fact()
         lines.append(w.tell("""[{sir} asked, "{ask}"|"{ask}" asked {sir}.|"{who}, [can you answer this|here is your
-            question|listen]: {ask}"|The next question was: {ask}] ["{answer}," [said|answered] {who}.|{who}
+            question|listen]: {ask}"|{sir} had a question: {ask}|Then came a new question: {ask}] ["{answer}," [said|answered] {who}.|{who}
             [stood up|thought|smiled] and said, "{answer}."|{who} [knew|said|answered] that {that}.]
             ["[Good|Right|Very good|That is right|Well done, {who}|Exactly]," said {sir}.|That was right.|"And
             {that_2}," said {sir}.|||]""", sir=sir, who=w.one(names), ask=w.question(fact), clean=False,
@@ -1720,7 +1726,7 @@ def sums_in_prose(w):
     for _ in range(w.number(6, 16)):
         fact = w.sums.deal()
         lines.append(w.clause(fact) + "." if w.chance(0.8) else
-                     w.tell("[So|Yes,|We know that|Is it hard? No,|Count again:] {that}.",
+                     w.tell("[So|Yes,|We know that|It is true that|Count again:] {that}.",
                             that=w.clause(fact, plain=True), clean=False))
     return polish(" ".join(lines))
 
@@ -1866,7 +1872,7 @@ def gets_more(w):
 
 @problem
 def two_groups(w):
-    return dict(a=w.number(21, 480), b=w.number(21, 480)), """
+    return dict(a=w.number(91, 480), b=w.number(91, 480)), """
         There are {a} girls and {b} boys [at|in] a school. How many children are there in all?|
         A school has {a} girls and {b} boys. How many children is that in all?
         """, [("a+b", "There are {r} children in all.")]
