@@ -23,7 +23,7 @@ Run:
     python edu/02_dataloader.py --batch-size 2 --seq-len 64 --rank 1 --world-size 2
 
 Expect:
-    02 dataloader - cpu - tokenizer ... of 4096 ids - B 4 x T 256 - rank 0 of 1
+    02 dataloader - cpu - tokenizer ... of 2048 ids - B 4 x T 256 - rank 0 of 1
     batch  inputs    targets   dtype        epoch    doc  token
         5  4x256     4x256     torch.int64      0     20     12
     resumed from the state after batch 2: batches 3 to 5 are the same bit for bit
