@@ -298,17 +298,17 @@ def test_states_are_not_changed_behind_the_callers_back(paths, tokenizer):
 def test_streaming_takes_less_than_50_mb_whatever_the_size_of_file_or_row_group(
     tmp_path, data_dir
 ):
-    """Measured: 22 to 40 MB for 100 MB of texts, for one row group of 100 MB, for 10 MB of tokens.
+    """Measured: 22 to 40 MB for 100 MB of texts, for one row group of 100 MB, for 5 MB tokenized.
 
     One process does all three, so the peak is the highest of them.
     """
     many = loader_bench.write_big_parquet(tmp_path / "many.parquet", 100)
     huge = loader_bench.write_big_parquet(tmp_path / "huge.parquet", 100, one_group=True)
-    part = loader_bench.write_big_parquet(tmp_path / "part.parquet", 10)
+    part = loader_bench.write_big_parquet(tmp_path / "part.parquet", 5)
     assert many.stat().st_size > 100e6 and pq.ParquetFile(huge).num_row_groups == 1
     results = loader_bench.streaming_growth(
         script_path("02_dataloader"), (many, None), (huge, None), (part, data_dir / "tokenizer"))
-    assert [result["units"] > 2.5e6 for result in results] == [True] * 3
+    assert [result["units"] > 1e6 for result in results] == [True] * 3
     assert all(result["growth_mb"] < 50 for result in results), results
 
 
@@ -316,7 +316,7 @@ def test_the_loader_keeps_up_with_raw_tiktoken(tmp_path, tokenizer):
     """On an idle machine the median is 1.0 to 1.2; other processes must not fail the suite."""
     path = loader_bench.write_big_parquet(tmp_path / "big.parquet", 8)
     best = max(loader_bench.speed_ratios(
-        load("02_dataloader"), [path], tokenizer, chars=1_000_000, rounds=5)[1])
+        load("02_dataloader"), [path], tokenizer, chars=1_000_000, rounds=3)[1])
     assert best > 0.7, best
 
 
