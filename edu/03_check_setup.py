@@ -2,16 +2,63 @@
 
 Goal:
     Report rank, world size and device, alone or under torchrun, and prove with one all-reduce that
-    the ranks talk. Show by measurement which number format and which compiler are worth using here.
+    the ranks talk. Show by measurement which number format is fast here, and whether torch.compile
+    can work.
+
+You will learn:
+    - how four numbers in the environment turn copies of one script into ranks of one job
+    - what a collective is: every rank gives a number, every rank gets the sum
+    - why all ranks start from one seed, and why they must share out the cores
+    - why "supports bfloat16" says nothing: emulated, it can be 100 times slower than float32
+
+Read beside:
+    nanochat/common.py::compute_init, autodetect_device_type, compute_cleanup, print0. There the
+    process group is for CUDA alone; here gloo does the same on a CPU, so that the distributed path
+    can be run and tested on a laptop. Better here: half a torchrun environment is refused, where
+    silently running as one process would train the same thing once per rank.
+
+Run:
+    python edu/03_check_setup.py
+    torchrun --nproc_per_node=2 edu/03_check_setup.py
+
+Expect:
+    03 check setup - cpu - float32 - ... - seed 1337
+    rank  local  world  device   threads  float32  bfloat16  first random
+    the ranks talk: ...
+    result: ranks that answered - -> 1 (n=1)
+    next: python edu/04_block.py
+
+Writes:
+    nothing
 """
 import os
+import platform
 import shutil
 import sys
 import sysconfig
+import time
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import tyro
+
+
+# ---- settings ------------------------------------------------------------------------------------
+@dataclass
+class Config:
+    data_dir: Path = field(default_factory=lambda: Path(os.environ.get("EDU_DATA", "data")))
+    """where later scripts will write; its free space is reported"""
+    device_type: str = ""
+    """cuda, mps or cpu; empty: the fastest there is"""
+    threads: int = 0
+    """CPU threads per rank; 0: torch's own choice, or the cores shared out among the ranks"""
+    seed: int = 1337
+    """the same on every rank"""
+    wait_seconds: int = 60
+    """how long to wait for a rank that does not answer"""
 
 
 # ---- shared blocks -------------------------------------------------------------------------------
@@ -117,3 +164,151 @@ def has_compiler():
     header = os.path.join(sysconfig.get_path("include"), "Python.h")  # its output includes this
     return shutil.which(os.environ.get("CXX", usual)) if os.path.exists(header) else None
 # --- end shared ---
+
+
+# ---- the idea ------------------------------------------------------------------------------------
+def join_ranks(cfg):
+    """compute_init, with what can go wrong between processes told as one message."""
+    try:
+        return compute_init(cfg.device_type or None, cfg.seed, timedelta(seconds=cfg.wait_seconds))
+    except ValueError as error:
+        raise UserError(f"RANK, WORLD_SIZE and the like must be whole numbers ({error}). Let "
+                        f"torchrun set them: torchrun --nproc_per_node=2 {sys.argv[0]}") from None
+    except RuntimeError as error:  # torch's DistError and gloo's own errors both derive from it
+        names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        given = " ".join(f"{name}={os.environ.get(name)}" for name in names)
+        raise UserError(f"no contact with the other ranks ({given}): {str(error).splitlines()[0]}\n"
+                        "Every rank must be started, each with its own RANK below WORLD_SIZE: "
+                        f"torchrun --nproc_per_node=2 {sys.argv[0]}\nOn one machine whose own name "
+                        "cannot be resolved, GLOO_SOCKET_IFNAME=lo helps.") from None
+
+
+def gather_rows(row, device, world_size):
+    """Each rank gives a list of numbers; every rank gets all of them, ordered by rank."""
+    mine = torch.tensor(row, dtype=torch.float32, device=device)  # (number of columns,)
+    if world_size == 1:
+        return [mine.tolist()]
+    all_rows = [torch.empty_like(mine) for _ in range(world_size)]
+    dist.all_gather(all_rows, mine)
+    return [row.tolist() for row in all_rows]
+
+
+def all_reduce_sum(number, device, world_size):
+    """The sum of every rank's number, known to every rank: what averages gradients in training."""
+    total = torch.tensor(float(number), device=device)
+    if world_size > 1:
+        dist.all_reduce(total, op=dist.ReduceOp.SUM)
+    return total.item()
+
+
+def measure_gflops(device, dtype):
+    """Billions of multiplications and additions per second in a square matmul; well under 1 s.
+
+    Starts small and doubles, because one that takes 20 ms on one machine takes 20 s on another.
+    """
+    def seconds(n):
+        a, b = torch.randn(2, n, n, device=device).to(dtype)  # (n, n) each
+        wait = torch.accelerator.synchronize if device.type != "cpu" else lambda: None
+        a @ b  # the first call also pays for setting up
+        wait()
+        start = time.perf_counter()
+        a @ b
+        wait()  # a GPU call returns at once: without this, it is the call that is timed
+        return time.perf_counter() - start
+
+    n = 128
+    while n < 8192 and seconds(n) < 0.004:
+        n *= 2
+    # n x n outputs, each n multiplications and n additions
+    return 2 * n ** 3 / min(seconds(n) for _ in range(3)) / 1e9
+
+
+# ---- the loop ------------------------------------------------------------------------------------
+def memory_bytes():
+    """Main memory that this process may use, or None where the system does not tell."""
+    try:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows has no sysconf
+        return None
+    limit = Path("/sys/fs/cgroup/memory.max")  # a container's limit, else the word "max"
+    text = limit.read_text("ascii").strip() if limit.is_file() else ""
+    return min(total, int(text)) if text.isdigit() else total
+
+
+def print_machine(cfg, device):
+    """What there is: versions, processor, memory, disk."""
+    print0(f"software: torch {torch.__version__}, python {platform.python_version()}, "
+           f"{platform.system()}")
+    name = torch.cpu.get_capabilities().get("cpu_name") or platform.processor() or "unknown"
+    memory = memory_bytes()
+    print0(f"cpu: {name}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}, "
+           + (f"{memory / 1e9:.1f} GB of memory" if memory else "memory unknown"))
+    if device.type == "cuda":
+        card = torch.cuda.get_device_properties(device)
+        print0(f"gpu: {card.name}, {card.total_memory / 1e9:.1f} GB, "
+               f"{torch.cuda.device_count()} of them")
+    folder = next(path for path in (cfg.data_dir.absolute(), *cfg.data_dir.absolute().parents)
+                  if path.is_dir())
+    free = shutil.disk_usage(folder).free
+    print0(f"disk: {free / 1e9:.1f} GB free for --data-dir {cfg.data_dir}")
+
+
+def print_choices(dtype, why, float32, bfloat16):
+    """What later scripts will choose on this machine, why, and the number behind it."""
+    print0(f"number format: {str(dtype)[6:]}, as {why};\n"
+           f"  measured, bfloat16 has {bfloat16 / float32:.2g} x the speed of float32")
+    compiler = has_compiler()
+    if compiler:
+        print0(f"torch.compile: possible, with {compiler};\n"
+               "  each new shape costs up to half a minute on two cores, so only long runs use it")
+    else:
+        print0("torch.compile: not possible, so everything runs eagerly: just as right, but slower;"
+               "\n  it needs a C++ compiler and Python.h (on Debian: apt install g++ python3-dev)")
+
+
+def run(cfg):
+    # 1. join  2. measure, all ranks at once  3. gather  4. all-reduce  5. report
+    if cfg.threads < 0 or cfg.wait_seconds < 1:
+        raise UserError(f"--threads {cfg.threads} --wait-seconds {cfg.wait_seconds}: threads must "
+                        "be 0 (automatic) or more, seconds 1 or more")
+    ddp, rank, local_rank, world_size, device = join_ranks(cfg)
+    first_random = torch.rand(1).item()  # equal on all ranks, since the seed is
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    dtype, why = pick_dtype(device)
+    print0(f"03 check setup - {device.type} - {str(dtype)[6:]} - {world_size} "
+           f"{'rank' if world_size == 1 else 'ranks'} - seed {cfg.seed}")
+    print_machine(cfg, device)
+    all_reduce_sum(0, device, world_size)  # a barrier: measure at the same time, as in training
+    float32, bfloat16 = (measure_gflops(device, d) for d in (torch.float32, torch.bfloat16))
+    rows = gather_rows([rank, local_rank, torch.get_num_threads(), float32, bfloat16, first_random],
+                       device, world_size)
+    print_choices(dtype, why, float32, bfloat16)
+    print0("matmul speed in GFLOP/s, all ranks at once:")
+    print0("rank  local  world  device   threads  float32  bfloat16  first random")
+    for r, local, threads, f32, bf16, random in rows:
+        name = f"{device.type}:{local:.0f}" if device.type == "cuda" else device.type
+        print0(f"{r:>4.0f}  {local:>5.0f}  {world_size:>5}  {name:<7}  {threads:>7.0f}  "
+               f"{f32:>7.1f}  {bf16:>8.1f}  {random:>12.6f}")
+    # sum over r of (r + 1) = W (W + 1) / 2 only if every rank gave its own number exactly once
+    expected = world_size * (world_size + 1) / 2
+    total = all_reduce_sum(rank + 1, device, world_size)
+    compute_cleanup()
+    talk = "the ranks talk" if total == expected else "BROKEN: the ranks do not add up"
+    print0(f"{talk}: all-reduce of rank + 1 gives {total:g}, W (W + 1) / 2 = {expected:g}")
+    if not ddp:
+        print0("  (this one talks to itself; for two: torchrun --nproc_per_node=2 "
+               "edu/03_check_setup.py)")
+    answered = len({row[0] for row in rows})
+    print0(f"result: ranks that answered - -> {answered} (n={world_size})")
+    print0("next: python edu/04_block.py")
+    return 0 if total == expected and answered == world_size else 1
+
+
+# ---- the command line ----------------------------------------------------------------------------
+def main(argv: list[str] | None = None) -> int:
+    return run_script(run, Config, argv, __doc__)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
