@@ -36,6 +36,7 @@ import ast
 import base64
 import hashlib
 import json
+import math
 import operator
 import os
 import shutil
@@ -52,6 +53,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 # ---- settings ------------------------------------------------------------------------------------
@@ -144,7 +146,7 @@ def compute_init(device_type=None, seed=1337, timeout=None):
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if ddp and os.environ.get("OMP_NUM_THREADS", "1") == "1":
-        # torchrun sets it to 1 where it is unset, and most cores would idle; another value is yours.
+        # torchrun sets 1 where it is unset, and most cores would idle; any other value is yours.
         affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
         torch.set_num_threads(max(1, len(affinity(0)) // ranks_here))
@@ -419,9 +421,10 @@ class GPT(nn.Module):
     def hidden_states(self, idx, kv_cache=None):
         """Token ids (B, T) -> what the head reads, (B, T, C)."""
         B, T = idx.shape
+        end = T if kv_cache is None else kv_cache.get_pos() + T
+        if end > self.config.sequence_len:
+            raise ValueError(f"{end} tokens do not fit a context of {self.config.sequence_len}")
         if kv_cache is None:
-            if T > self.config.sequence_len:
-                raise ValueError(f"{T} tokens do not fit a model of {self.config.sequence_len}")
             cos_sin, mask = (self.cos[:, :T], self.sin[:, :T]), None
         else:
             positions, mask = kv_cache.positions(T), kv_cache.attention_mask(T)  # (B or 1, T)
@@ -465,6 +468,7 @@ class KVCache:
                  dtype=torch.float32, device="cpu"):
         shape = (batch_size, n_layer, 2, n_kv_head, max_seq_len, head_dim)
         self.data = torch.zeros(shape, dtype=dtype, device=device)
+        self.layers = self.data.unbind(1)  # views, (B, 2, n_kv_head, max_seq_len, head_dim) each
         self.start = None  # (B,) long, or None while no row is padded
         self.pos = 0  # columns filled
 
@@ -476,14 +480,15 @@ class KVCache:
 
         `pos` moves when the last layer has written. Raises ValueError when the cache is full.
         """
+        keys, values = self.layers[layer_idx].unbind(1)
         end = self.pos + k.size(2)
-        if end > self.data.size(4):
-            raise ValueError(f"the KV cache is full: {end} tokens, room for {self.data.size(4)}")
-        self.data[:, layer_idx, 0, :, self.pos : end] = k
-        self.data[:, layer_idx, 1, :, self.pos : end] = v
-        if layer_idx == self.data.size(1) - 1:
+        if end > keys.size(2):
+            raise ValueError(f"the KV cache is full: {end} tokens, room for {keys.size(2)}")
+        keys[:, :, self.pos : end] = k
+        values[:, :, self.pos : end] = v
+        if layer_idx == len(self.layers) - 1:
             self.pos = end
-        return self.data[:, layer_idx, 0, :, :end], self.data[:, layer_idx, 1, :, :end]
+        return keys[:, :, :end], values[:, :, :end]
 
     def positions(self, T):
         """Positions of the next T tokens: (1, T), or (B, T) when rows are padded."""
@@ -509,9 +514,64 @@ class KVCache:
     def keep_rows(self, rows):
         """Keep only these rows, in this order; a row named twice is copied. rows: (B',) long."""
         data = self.data.new_empty(len(rows), *self.data.shape[1:])
-        data[..., : self.pos, :] = self.data[rows, ..., : self.pos, :]
-        self.data = data
+        data[..., : self.pos, :] = self.data[..., : self.pos, :][rows]
+        self.data, self.layers = data, data.unbind(1)
         self.start = None if self.start is None else self.start[rows]
+
+
+# ---- the idea: decoding at speed -----------------------------------------------------------------
+
+
+class DecodeStep:
+    """The model once more, for one new token in each row: the same numbers, sooner.
+
+    One token is so little arithmetic that the time goes into reading the weights and into the fixed
+    price of each PyTorch operation, 2 to 15 us. So the weights lie in the order in which they are
+    read, q, k and v are one product, and every norm is three cheap operations. They are copies:
+    build a new DecodeStep when the weights have changed.
+    """
+
+    def __init__(self, model):
+        config, self.wte = model.config, model.transformer.wte
+        C, D = config.n_embd, config.n_embd // config.n_head
+        self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, D
+
+        def pack(*linears, scale=1.0):  # (C_in, C_out), so that x @ W reads it front to back
+            return torch.cat([linear.weight * scale for linear in linears]).t().contiguous()
+
+        # norm(x) = sqrt(C) unit(x): the factor moves into the matrix that comes after it
+        self.layers = [(pack(block.attn.c_q, block.attn.c_k, block.attn.c_v, scale=C**0.5),
+                        pack(block.attn.c_proj), pack(block.mlp.c_fc, scale=C**0.5),
+                        pack(block.mlp.c_proj)) for block in model.transformer.h]
+        self.head = pack(model.lm_head, scale=C**0.5 / 15.0)
+        # y = x (cos, cos) + (x2, x1) (sin, -sin) is RoPE on x = (x1, x2), with a norm's sqrt(D)
+        cos, sin = model.cos[0, :, 0] * D**0.5, model.sin[0, :, 0] * D**0.5  # (sequence_len, D/2)
+        self.cos, self.sin = torch.cat((cos, cos), dim=-1), torch.cat((sin, -sin), dim=-1)
+        eps = torch.finfo(self.head.dtype).eps  # what F.rms_norm adds to the mean of the squares
+        self.eps = {n: self.head.new_tensor((n * eps) ** 0.5) for n in (C, D)}
+
+    def unit(self, x):
+        """x (..., C) / sqrt(|x|^2 + C eps), a vector of length 1."""
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return x / torch.hypot(length, self.eps[x.size(-1)])
+
+    def __call__(self, ids, cache):
+        """Ids of the new tokens (B,) and the cache of what came before -> logits (B, V), float32."""
+        B, D, heads = len(ids), self.head_dim, self.n_head + self.n_kv_head
+        positions, mask = cache.positions(1), cache.attention_mask(1)
+        cos, sin = self.cos[positions], self.sin[positions]  # (1 or B, 1, D)
+        x = norm(self.wte(ids))  # (B, C)
+        for i, (w_qkv, w_attn, w_fc, w_mlp) in enumerate(self.layers):
+            qkv = (self.unit(x) @ w_qkv).view(B, -1, D)  # (B, H + 2 H_kv, D)
+            qk = self.unit(qkv[:, :heads])  # a rotation keeps the length: norm first is the same
+            qk = torch.addcmul(qk * cos, qk.roll(D // 2, -1), sin)
+            k, v = cache.insert_kv(i, qk[:, self.n_head :, None], qkv[:, heads:, None])
+            # the query heads that share a key are the rows of one matrix: no head is copied
+            q = qk[:, : self.n_head].view(B, self.n_kv_head, -1, D)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            x = torch.addmm(x, y.reshape(B, -1), w_attn)
+            x = torch.addmm(x, torch.relu(self.unit(x) @ w_fc).square_(), w_mlp)
+        return torch.tanh((self.unit(x) @ self.head).float()).mul_(15.0)
 
 
 # ---- the idea: sampling --------------------------------------------------------------------------
@@ -539,7 +599,8 @@ def sample_next_token(logits, u, temperature=1.0, top_k=0):
 # ---- the idea: the calculator --------------------------------------------------------------------
 
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
-             ast.Div: operator.truediv, ast.UAdd: operator.pos, ast.USub: operator.neg}
+             ast.Div: operator.truediv, ast.FloorDiv: operator.floordiv,
+             ast.UAdd: operator.pos, ast.USub: operator.neg}
 
 
 def evaluate_node(node):
@@ -561,21 +622,22 @@ def use_calculator(expression):
     """The result of an arithmetic expression as text, or None where it has none.
 
     Parsed and walked over a whitelist: no names, no calls but str.count, no powers, and at most
-    100 characters, so that neither 9**9**9 nor 200 brackets cost anything.
+    100 characters, so that neither 9**9**9 nor 200 brackets cost anything. Six decimals at most.
     Source: nanochat/engine.py::use_calculator, which hands the text to Python's own evaluator.
     """
     expression = expression.strip()
-    if not 0 < len(expression) <= 100:
+    if len(expression) > 100:
         return None
     if "'" not in expression and '"' not in expression:
         expression = expression.replace(",", "")  # 1,234 is a number here
     try:
         value = evaluate_node(ast.parse(expression, mode="eval").body)
-    except (SyntaxError, ValueError, ZeroDivisionError, OverflowError, RecursionError):
+        if isinstance(value, float):
+            value = round(value, 6)  # 0.1 + 0.2 is 0.3
+            value = int(value) if abs(value) < 1e15 and value.is_integer() else value  # 12 / 4 is 3
+        return str(value) if math.isfinite(value) else None
+    except (SyntaxError, ValueError, ArithmeticError):
         return None
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)  # 12 / 4 is 3
-    return str(value if isinstance(value, int) else round(value, 6))
 
 
 # ---- the idea: the engine ------------------------------------------------------------------------
@@ -594,19 +656,29 @@ class Engine:
 
     def __init__(self, model, tokenizer):
         self.model, self.tokenizer = model, tokenizer
+        special = tokenizer.encode_special
+        self.python_start, self.python_end = special("<|python_start|>"), special("<|python_end|>")
+        self.output_start, self.output_end = special("<|output_start|>"), special("<|output_end|>")
+        self.stops = {special("<|assistant_end|>"), tokenizer.get_bos_token_id()}
 
-    def check_request(self, prompts, max_tokens):
-        """The number of new tokens that fit; ValueError before anything is computed if none do."""
+    def check_request(self, prompts, num_samples, max_tokens, temperature):
+        """The number of new tokens, all that fit for None; ValueError before anything is computed.
+
+        A context has room for sequence_len tokens, and rows of different lengths share its columns.
+        """
         limit, longest = self.model.config.sequence_len, max(map(len, prompts), default=0)
         if not prompts or min(map(len, prompts)) == 0:
             raise ValueError("every prompt needs at least one token: begin with <|bos|>")
-        if max_tokens is None:
-            max_tokens = limit - longest
-        if max_tokens < 1 or longest + max_tokens > limit:
+        if num_samples < 1 or temperature < 0 or (max_tokens is not None and max_tokens < 1):
+            raise ValueError(f"num_samples {num_samples} and max_tokens {max_tokens} must be at "
+                             f"least 1, temperature {temperature} at least 0")
+        room = limit - longest
+        if room < (max_tokens or 1):
             raise ValueError(
-                f"a prompt of {longest} tokens and {max_tokens} new ones do not fit the context of "
-                f"{limit}: shorten the prompt or ask for {max(0, limit - longest)} tokens")
-        return max_tokens
+                f"a prompt of {longest} tokens and {max_tokens or 1} new ones do not fit the "
+                f"context of {limit}: " + (f"ask for {room} at most" if room > 0
+                                           else f"cut {1 - room} tokens from the prompt"))
+        return max_tokens or room
 
     def prefill(self, prompts, max_tokens):
         """Run prompts (lists of ids) through the model: last logits (B, V) and the filled cache."""
@@ -627,16 +699,17 @@ class Engine:
 
     def advance_tool(self, state, token):
         """Follow the calculator's tokens through a row; queue its answer when a call closes."""
-        special = self.tokenizer.encode_special
-        if token == special("<|python_start|>"):
+        if token == self.python_start:
             state.expression = []
-        elif token == special("<|python_end|>") and state.expression is not None:
+        elif state.expression is None:
+            return
+        elif token == self.python_end:
             result = use_calculator(self.tokenizer.decode(state.expression))
             state.expression = None
             if result is not None:
-                state.forced.extend([special("<|output_start|>"),
-                                     *self.tokenizer.encode(result), special("<|output_end|>")])
-        elif state.expression is not None:
+                state.forced.extend([self.output_start, *self.tokenizer.encode(result),
+                                     self.output_end])
+        else:
             state.expression.append(token)
 
     @torch.inference_mode()
@@ -647,7 +720,7 @@ class Engine:
         row i belongs to prompt i // num_samples. token None: the row had finished before. mask 1:
         sampled, 0: forced by the tool. The stop token (<|assistant_end|> or <|bos|>) is yielded.
         """
-        max_tokens = self.check_request(prompts, max_tokens)
+        max_tokens = self.check_request(prompts, num_samples, max_tokens, temperature)
         # 1. prefill each prompt once, then give every sample its own copy of the cache
         logits, cache = self.prefill(prompts, max_tokens)
         device, num_rows = logits.device, len(prompts) * num_samples
@@ -655,15 +728,14 @@ class Engine:
             rows = torch.arange(len(prompts), device=device).repeat_interleave(num_samples)
             logits = logits[rows]
             cache.keep_rows(rows)
+        decode_step = DecodeStep(self.model)
         states, active = [RowState() for _ in range(num_rows)], list(range(num_rows))
-        stops = {self.tokenizer.encode_special("<|assistant_end|>"),
-                 self.tokenizer.get_bos_token_id()}
+        # A row's random numbers are its own, so who else is in the batch cannot change its text.
         rng = torch.Generator().manual_seed(seed)
+        u = torch.rand(num_rows, max_tokens, generator=rng).to(device)
         for step in range(max_tokens):
             # 2. sample a token for each row that is still running, or take the forced one
-            u = torch.rand(num_rows, generator=rng).to(device)
-            u = u if len(active) == num_rows else u[active]
-            sampled = sample_next_token(logits, u, temperature, top_k).tolist()
+            sampled = sample_next_token(logits, u[active, step], temperature, top_k).tolist()
             tokens, masks, ids = [None] * num_rows, [None] * num_rows, []
             for row, token in zip(active, sampled):
                 forced = states[row].forced
@@ -673,15 +745,14 @@ class Engine:
                 ids.append(tokens[row])
             yield tokens, masks
             # 3. drop the rows that have finished: from here on they cost nothing
-            keep = [i for i, token in enumerate(ids) if token not in stops]
+            keep = [i for i, token in enumerate(ids) if token not in self.stops]
             if not keep or step == max_tokens - 1:
                 return
             if len(keep) < len(ids):
                 active, ids = [active[i] for i in keep], [ids[i] for i in keep]
                 cache.keep_rows(torch.tensor(keep, device=device))
             # 4. one pass over one new token for each row
-            logits = self.head(self.model.hidden_states(torch.tensor(ids, device=device)[:, None],
-                                                        cache))
+            logits = decode_step(torch.tensor(ids, device=device), cache)
 
     def generate(self, tokens, num_samples=1, max_tokens=None, temperature=1.0, top_k=0, seed=42):
         """Stream num_samples continuations of one prompt (a list of ids): see `stream`."""
@@ -709,25 +780,39 @@ class Engine:
 
 
 @torch.inference_mode()
-def generate_naive(model, tokens, max_tokens):
-    """Greedy decoding without a cache, the loop to beat: the whole prefix through the model again
-    for every token. tokens: list of ids -> list of max_tokens new ids.
+def generate_naive(engine, tokens, max_tokens):
+    """Greedy decoding without a cache: the whole prefix through the model for every new token.
+
+    tokens: list of ids -> list of max_tokens new ids. Stop tokens do not stop it.
     """
-    ids = torch.tensor([tokens], device=model.lm_head.weight.device)  # (1, T)
+    ids = torch.tensor([tokens], device=engine.model.lm_head.weight.device)  # (1, T)
     for _ in range(max_tokens):
-        ids = torch.cat((ids, model(ids)[:, -1].argmax(-1, keepdim=True)), dim=1)
+        logits = engine.head(engine.model.hidden_states(ids))
+        ids = torch.cat((ids, logits.argmax(-1, keepdim=True)), dim=1)
     return ids[0, len(tokens) :].tolist()
 
 
 @torch.inference_mode()
-def largest_difference(model, tokens, split):
-    """Largest |logit difference| between one uncached pass and prefill(split) + single steps."""
-    config, ids = model.config, torch.tensor([tokens], device=model.lm_head.weight.device)
-    cache = KVCache(1, config.n_layer, config.n_kv_head, len(tokens),
-                    config.n_embd // config.n_head, device=ids.device)
-    pieces = [model(ids[:, :split], kv_cache=cache)]
-    pieces += [model(ids[:, t : t + 1], kv_cache=cache) for t in range(split, len(tokens))]
-    return (torch.cat(pieces, dim=1) - model(ids)).abs().max().item()
+def generate_cached(engine, tokens, max_tokens):
+    """The same with the cache, bare of sampling and tools: prefill, then one token a pass."""
+    logits, cache = engine.prefill([tokens], max_tokens)
+    decode_step, new = DecodeStep(engine.model), [logits.argmax(-1)]  # (1,) each
+    while len(new) < max_tokens:
+        new.append(decode_step(new[-1], cache).argmax(-1))
+    return torch.cat(new).tolist()
+
+
+@torch.inference_mode()
+def largest_difference(engine, tokens, split):
+    """Largest |logit difference| between one uncached pass over all of tokens, and a prefill of
+    the first `split` with a decode step for each of the others.
+    """
+    model, ids = engine.model, torch.tensor(tokens, device=engine.model.lm_head.weight.device)
+    logits, cache = engine.prefill([tokens[:split]], len(tokens) - split)
+    decode_step = DecodeStep(model)
+    cached = torch.cat([logits] + [decode_step(ids[t : t + 1], cache)
+                                   for t in range(split, len(tokens))])
+    return (cached - model(ids[None])[0, split - 1 :]).abs().max().item()
 
 
 # ---- the loop ------------------------------------------------------------------------------------
@@ -742,15 +827,15 @@ def load_checkpoint(folder, tokenizer, device):
     try:
         about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         weights = load_file(folder / "model.safetensors")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} holds no readable checkpoint ({error}).\n"
+        model, trained_with = GPT(GPTConfig(**about["model"])), about["tokenizer_sha256"]
+        model.load_state_dict(weights, strict=True)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{folder} holds no checkpoint that can be read ({error}).\n"
                         "  Train one: python edu/12_pretrain.py") from error
-    if about["tokenizer_sha256"] != tokenizer.sha256:
+    if trained_with != tokenizer.sha256:
         raise UserError(
-            f"{folder} was trained with another tokenizer: {about['tokenizer_sha256'][:12]} there, "
+            f"{folder} was trained with another tokenizer: {trained_with[:12]} there, "
             f"{tokenizer.sha256[:12]} here.\n  Train it again: python edu/12_pretrain.py")
-    model = GPT(GPTConfig(**about["model"]))
-    model.load_state_dict(weights, strict=True)
     return model.to(device).eval(), about
 
 
@@ -788,21 +873,16 @@ def check_engine_settings(cfg):
 
 
 def race(engine, tokens, max_tokens):
-    """(naive tok/s, cached tok/s) of the same greedy tokens; says where they part, if they do."""
-    engine.model(torch.tensor([tokens], device=engine.model.lm_head.weight.device))  # warm up
+    """(uncached, cached) tokens per second for the same greedy text; says where the two part."""
+    generate_cached(engine, tokens, 2)  # warm up
     start = time.perf_counter()
-    naive = generate_naive(engine.model, tokens, max_tokens)
+    naive = generate_naive(engine, tokens, max_tokens)
     middle = time.perf_counter()
-    with torch.inference_mode():
-        logits, cache = engine.prefill([tokens], max_tokens)
-        cached = [int(logits.argmax())]
-        while len(cached) < max_tokens:  # not engine.stream: stop tokens must not end the race
-            idx = torch.tensor([[cached[-1]]], device=logits.device)
-            cached.append(int(engine.head(engine.model.hidden_states(idx, cache)).argmax()))
+    cached = generate_cached(engine, tokens, max_tokens)
     end = time.perf_counter()
     if naive != cached:
         place = next(i for i, (a, b) in enumerate(zip(naive, cached)) if a != b)
-        print(f"cached and uncached part at token {place}: two logits were equal to rounding")
+        print(f"the two texts part at token {place}: two logits were equal to rounding")
     return max_tokens / (middle - start), max_tokens / (end - middle)
 
 
@@ -825,13 +905,11 @@ def run_engine(cfg):
                                            cfg.seed)
     except ValueError as error:
         raise UserError(f"{error} (--prompt, --max-tokens)") from error
-    right = 0
     for prompt, ids, row in zip(cfg.prompt, prompts, results):
         text = tokenizer.decode(row[len(ids) :])
         verdict = ""
         if trained and prompt in QUESTIONS:
-            is_right = text.split(".")[0].strip().split(" ")[0] == QUESTIONS[prompt]
-            right += is_right
+            is_right = text.split()[:1] and text.split()[0].strip(".,") == QUESTIONS[prompt]
             verdict = "  <- right" if is_right else f"  <- wrong, expected {QUESTIONS[prompt]}"
         print(f"{prompt}|{text!r}{verdict}")
 
@@ -840,7 +918,7 @@ def run_engine(cfg):
         count = min(cfg.bench_tokens, model.config.sequence_len - len(prompts[0]))
         ids = prompts[0] + [i % 256 for i in range(40, 40 + count)]
         print(f"cached = uncached over {count} tokens: largest logit difference "
-              f"{largest_difference(model, ids, len(prompts[0])):.6f}")
+              f"{largest_difference(engine, ids, len(prompts[0])):.6f}")
         naive, cached = race(engine, prompts[0], count)
         print(f"without cache {naive:.0f} tok/s, with cache {cached:.0f} tok/s: "
               f"{cached / naive:.1f} times as fast")

@@ -223,7 +223,7 @@ def compute_init(device_type=None, seed=1337, timeout=None):
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if ddp and os.environ.get("OMP_NUM_THREADS", "1") == "1":
-        # torchrun sets it to 1 where it is unset, and most cores would idle; another value is yours.
+        # torchrun sets 1 where it is unset, and most cores would idle; any other value is yours.
         affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
         torch.set_num_threads(max(1, len(affinity(0)) // ranks_here))
@@ -361,13 +361,13 @@ def list_shards(data_dir, split="train"):
 
     Raises UserError when there is nothing to read. Source: nanochat/dataset.py.
     """
-    remedy = "python edu/01_download.py (offline: python edu/00_tiny_world.py, then\n" \
-        "    python edu/01_download.py --base-url mirror)"
     paths = sorted(Path(data_dir).glob("shard_*.parquet"))
     if len(paths) < 2:
-        found = f"only {paths[0].name}, and the last shard is validation" if paths else "none"
-        raise UserError(f"{data_dir} must hold at least two shard_*.parquet: {found}; "
-                        f"get more: {remedy}")
+        found = (f"there is only {paths[0].name}, and the last shard is validation" if paths else
+                 "there are none" if Path(data_dir).is_dir() else "the folder does not exist")
+        raise UserError(f"{data_dir} must hold two or more shard_*.parquet, but {found}; get them: "
+                        "python edu/01_download.py (or, with no network, python "
+                        "edu/00_tiny_world.py and python edu/01_download.py --base-url mirror)")
     return paths[:-1] if split == "train" else paths[-1:]
 
 
@@ -443,12 +443,14 @@ def tokenized_documents(paths, tokenizer, rank, world_size, epochs, epoch, doc, 
     with ThreadPoolExecutor(threads) as pool:
         for epoch in itertools.count(epoch) if epochs is None else range(epoch, epochs):
             first, total, texts = doc, 0, parquet_texts(paths, rank, world_size, start=doc)
-            while chunk := list(itertools.islice(texts, 128)):
-                # one task per thread, not per document: short documents would be all overhead
-                shares = [chunk[i::threads] for i in range(threads)]
-                rows = list(pool.map(encode, shares))
-                for i in range(len(chunk)):
-                    tokens = rows[i % threads][i // threads]
+            ahead = collections.deque()  # two chunks in the making: threads never wait for us
+            while True:
+                while len(ahead) < 2 and (chunk := list(itertools.islice(texts, 128))):
+                    # one task per 16 documents: one for each short document would be all overhead
+                    ahead.append(pool.map(encode, (chunk[i : i + 16] for i in range(0, 128, 16))))
+                if not ahead:
+                    break
+                for tokens in itertools.chain.from_iterable(ahead.popleft()):
                     yield epoch, doc, tokens
                     doc, total = doc + 1, total + len(tokens)
             if not total:
@@ -656,9 +658,10 @@ class GPT(nn.Module):
     def hidden_states(self, idx, kv_cache=None):
         """Token ids (B, T) -> what the head reads, (B, T, C)."""
         B, T = idx.shape
+        end = T if kv_cache is None else kv_cache.get_pos() + T
+        if end > self.config.sequence_len:
+            raise ValueError(f"{end} tokens do not fit a context of {self.config.sequence_len}")
         if kv_cache is None:
-            if T > self.config.sequence_len:
-                raise ValueError(f"{T} tokens do not fit a model of {self.config.sequence_len}")
             cos_sin, mask = (self.cos[:, :T], self.sin[:, :T]), None
         else:
             positions, mask = kv_cache.positions(T), kv_cache.attention_mask(T)  # (B or 1, T)
@@ -1274,18 +1277,23 @@ def train(cfg):
             if step % cfg.save_every == 0 and not last:
                 save(step, val_bpb)
             if asked:
-                print0(f"stopped at step {step}; go on with: python edu/12_pretrain.py --resume "
-                       "and the same flags")
                 break
     bar.close()
     if failure:
         compute_cleanup()
         raise TrainingFailed(failure)
+    save(step, val_bpb)  # before anything slow: who asks to stop may not ask twice
+    if stop.asked and step < num_iterations:
+        print0(f"stopped at step {step} of {num_iterations}; go on with the same flags and --resume")
+        compute_cleanup()
+        return {"step": step, "val_bpb": val_bpb, "ladder": ladder,
+                "rows": read_metrics(folder / "metrics.jsonl")}
 
     # 6. the claim: the whole validation shard, once
     model.eval()
     val_bpb, val_bytes = measure_bpb()
-    save(step, val_bpb)
+    if rank == 0:
+        save_checkpoint(folder, model, tokenizer, step, {"val_bpb": val_bpb, "ladder": ladder}, cfg)
     print0("ladder, bits per byte: " + ", ".join(f"{k} {v:.3f}" for k, v in ladder.items())
            + f", now {val_bpb:.3f}")
     rows = []
