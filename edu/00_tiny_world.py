@@ -225,6 +225,7 @@ class Relation:
     key: str = "{b}"
     choices: bool = True
     avoid: str = ""
+    often: int = 1  # how many times as often as other facts it comes up
 
 
 @dataclass(eq=False)
@@ -296,6 +297,7 @@ def in_order(step):
 FACTS = [
     Relation(
         "capital", column(1),
+        often=2,
         say=("the capital of {a} is {b}", "{b} is the capital of {a}",
              "the capital city of {a} is {b}", "the city of {b} is the capital of {a}",
              "[people|many people] in {a} [go|travel] to {b}, the capital",
@@ -338,6 +340,7 @@ FACTS = [
             white, flour=white, cotton=white, ash=grey, a raven=black, butter=yellow, tar=black,
             mud=brown, a coconut=brown, a hippo=grey, a dolphin=grey, a blueberry=blue,
             frost=white""",
+        often=3,
         say=("{a} is {b}", "the colour of {a} is {b}", "{b} is the colour of {a}",
              "we all know that {a} is {b}", "if you look at {a}, you see that it is {b}"),
         ask=("what colour is {a}?", "which colour is {a}?", "what is the colour of {a}?",
@@ -566,7 +569,7 @@ FACTS = [
 
 SUMS = [
     Relation(
-        "plus", [(a, a + c, c) for a in range(13) for c in range(13)],
+        "plus", [(a, a + c, c) for a in range(13) for c in range(13)], often=4,
         say=("{a} + {c} = {b}", "{a} plus {c} is {b}", "{a} and {c} make {b}",
              "if you add {c} to {a}, you get {b}", "{a} plus {c} makes {b}"),
         ask=("what is {a} + {c}?", "what is {a} plus {c}?", "how much is {a} plus {c}?",
@@ -794,7 +797,9 @@ class Teller:
 
     def __init__(self, seed, facts, sums):
         self.rng = random.Random(seed)
-        self.facts, self.sums = Deck(facts, self.rng), Deck(sums, self.rng)
+        self.facts, self.sums = (
+            Deck([fact for fact in cards for _ in range(fact.relation.often)], self.rng)
+            for cards in (facts, sums))
         self.subjects = by_subject(facts)
 
     # choosing
@@ -1714,12 +1719,12 @@ def coins(n):
     return f"{n} coin" if n == 1 else f"{n} coins"
 
 
-@page(40)
+@page(14)
 def story(w):
     return w.one(PLOTS)(w)
 
 
-@page(12)
+@page(40)
 def page_of_facts(w):
     """Facts of all kinds in prose. Many a page starts with a fact and no title."""
     lines = [w.tell("""[A page of facts.|Things that are true.|What I know.|Did you know all
@@ -1753,7 +1758,7 @@ def by_subject(facts):
     return [group for group in groups.values() if len(group) > 1]
 
 
-@page(8)
+@page(12)
 def all_about(w):
     """Two or three subjects, with all that the tables know of each."""
     parts = []
@@ -1776,7 +1781,7 @@ def all_about(w):
     return "\n".join(parts)
 
 
-@page(9)
+@page(10)
 def lesson(w):
     """A teacher asks, the pupils answer."""
     names = w.some(3, GIRLS + BOYS)
@@ -1800,7 +1805,7 @@ def lesson(w):
     return polish(" ".join(lines))
 
 
-@page(6)
+@page(8)
 def questions_and_answers(w):
     """A plain quiz: question, answer, question, answer."""
     head = w.tell("[Questions and answers.|A quiz.|A small test.||]", clean=False)
@@ -1814,7 +1819,7 @@ def questions_and_answers(w):
     return polish(head + "\n" + "\n".join(lines))
 
 
-@page(3)
+@page(2)
 def riddles(w):
     groups = [group for group in w.subjects
               if sum(fact.relation.name in ("sound", "count", "home", "colour", "kind",
@@ -1835,7 +1840,7 @@ def riddles(w):
     return "\n".join(lines)
 
 
-@page(7)
+@page(40)
 def sums_in_prose(w):
     """Sums as sentences, and what they are good for."""
     lines = [w.tell("""[Some sums.|A page of sums.|Let us count.|{hero} likes sums.|Sums for
@@ -1848,7 +1853,7 @@ def sums_in_prose(w):
     return polish(" ".join(lines))
 
 
-@page(5)
+@page(8)
 def sums_with_things(w):
     """Small sums that happen to somebody."""
     lines = []
@@ -1902,7 +1907,7 @@ def times_tables_and_counting(w):
                   wild_s="ducks", names=", ".join(names))
 
 
-@page(5)
+@page(3)
 def spelling(w):
     lines = []
     for word in w.some(w.number(3, 6), SPELLING_WORDS):
@@ -1924,7 +1929,7 @@ def times(n):
     return {1: "once", 2: "twice"}.get(n, f"{NUMBERS[n]} times")
 
 
-@page(5)
+@page(3)
 def who_has_it(w):
     """A thing changes hands; the last sentence says where it is, and it must be right."""
     people = w.some(4, GIRLS + BOYS)
@@ -1946,7 +1951,7 @@ def who_has_it(w):
     return " ".join(lines)
 
 
-@page(4)
+@page(3)
 def where_is_it(w):
     """A thing is put somewhere, perhaps moved, and found where it was put last."""
     slots = {**w.cast(), "thing": w.tell("{colour} {toy}", clean=False)}
@@ -1964,7 +1969,7 @@ def where_is_it(w):
     return " ".join(lines)
 
 
-@page(3)
+@page(2)
 def feelings(w):
     """Why somebody is glad or sad."""
     lines = []
