@@ -201,26 +201,25 @@ def all_reduce_sum(number, device, world_size):
     return total.item()
 
 
-def measure_gflops(device, dtype):
+def measure_gflops(device, dtype, budget=0.2):
     """Billions of multiplications and additions per second in a square matmul; well under 1 s.
 
-    Starts small and doubles, because one that takes 20 ms on one machine takes 20 s on another.
+    The size doubles until `budget` seconds are over, since what takes 20 ms here takes 20 s
+    elsewhere; the best rate of all counts, as the one that other programs disturbed least.
     """
-    def seconds(n):
+    wait = torch.accelerator.synchronize if device.type != "cpu" else lambda: None
+    best, n, start = 0.0, 128, time.perf_counter()
+    while time.perf_counter() - start < budget:
         a, b = torch.randn(2, n, n, device=device).to(dtype)  # (n, n) each
-        wait = torch.accelerator.synchronize if device.type != "cpu" else lambda: None
         a @ b  # the first call also pays for setting up
         wait()
-        start = time.perf_counter()
+        began = time.perf_counter()
         a @ b
-        wait()  # a GPU call returns at once: without this, it is the call that is timed
-        return time.perf_counter() - start
-
-    n = 128
-    while n < 8192 and min(seconds(n) for _ in range(3)) < 0.004:
-        n *= 2
-    # n x n outputs, each n multiplications and n additions; the best of 5 is the least disturbed
-    return 2 * n ** 3 / min(seconds(n) for _ in range(5)) / 1e9
+        wait()  # a GPU call returns at once: without this, only the call is timed
+        # n x n outputs, each n multiplications and n additions
+        best = max(best, 2 * n ** 3 / (time.perf_counter() - began) / 1e9)
+        n = min(2 * n, 4096)
+    return best
 
 
 # ---- the loop ------------------------------------------------------------------------------------
@@ -280,6 +279,7 @@ def run(cfg):
            f"{'rank' if world_size == 1 else 'ranks'} - seed {cfg.seed}")
     print_machine(cfg, device)
     all_reduce_sum(0, device, world_size)  # a barrier: measure at the same time, as in training
+    measure_gflops(device, torch.float32, budget=0.01)  # wakes up a GPU; not counted
     float32, bfloat16 = (measure_gflops(device, d) for d in (torch.float32, torch.bfloat16))
     rows = gather_rows([rank, local_rank, torch.get_num_threads(), float32, bfloat16, first_random],
                        device, world_size)
