@@ -50,7 +50,8 @@ life_cycle() {
         resumes base/resume.pt          writes base/model.safetensors base/config.json
     stage engine    05_engine.py        reads 'tokenizer/*' base/model.safetensors \
                                         flags ${prompts[@]+--prompt "${prompts[@]}"}
-    table
+    in_background table "${stages[@]}"
+    echo "this run took $SECONDS s"
 }
 
 # ---- what was asked for --------------------------------------------------------------------------
@@ -62,6 +63,14 @@ fail() {  # fail EXIT_CODE MESSAGE
 
 absolute() {  # PATH as seen from where the user called us
     case $1 in /*) printf '%s\n' "$1" ;; *) printf '%s\n' "$called_from/$1" ;; esac
+}
+
+same_command() {  # the command that goes on with this run: FRESH would begin it again
+    local name
+    for name in DATA NUM_SHARDS EDU_DATA {CHECK,WORLD,DOWNLOAD,TOKENIZER,PRETRAIN,ENGINE}_FLAGS; do
+        [ -z "${!name:-}" ] || printf '%s=%q ' "$name" "${!name}"
+    done
+    echo "bash my_pipeline.sh"
 }
 
 choose_data() {  # sets source, data (the folder for everything), num_shards and prompts
@@ -107,11 +116,12 @@ $count the next number is missing: number them shard_00000.parquet, shard_00001.
 setup() {  # setup run|tests: .venv with the packages, done once for each state of the lists
     local lists=(requirements.txt) stamp=.venv/.installed-$1 python=${PYTHON:-python3}
     [ "$1" = run ] || lists+=(tests/requirements.txt)
-    if ! .venv/bin/python -c '' 2>/dev/null || { [ -n "${PYTHON:-}" ] && another_python; }; then
+    if [ -z "${PYTHON:-}" ] || [ "$("$PYTHON" -V 2>&1)" = "$(.venv/bin/python -V 2>&1)" ]; then
+        [ "$(fingerprint "${lists[@]}")" != "$(cat "$stamp" 2>/dev/null)" ] || return 0
+        .venv/bin/python -m pip --version >/dev/null 2>&1 || make_venv "$python"
+    else
         make_venv "$python"
     fi
-    [ "$(cat "$stamp" 2>/dev/null)" != "$(fingerprint "${lists[@]}")" ] || return 0
-    .venv/bin/python -m pip --version >/dev/null 2>&1 || make_venv "$python"
     echo "set-up: installing ${lists[*]} into .venv (once; minutes, most of it for torch)"
     rm -f "$stamp"
     # The last list includes the ones before it.
@@ -122,14 +132,10 @@ stays: the same command goes on from there"
     fingerprint "${lists[@]}" >"$stamp"
 }
 
-fingerprint() {  # of the lists and of the Python they are for
+fingerprint() {  # of the lists and of the Python they are for; "none" when that does not run
     .venv/bin/python -c 'import hashlib, sys
 text = sys.version.encode() + b"".join(open(name, "rb").read() for name in sys.argv[1:])
-print(hashlib.sha256(text).hexdigest())' "$@"
-}
-
-another_python() {  # is .venv made with another version than $PYTHON?
-    [ "$("$PYTHON" -V 2>&1)" != "$(.venv/bin/python -V 2>&1)" ]
+print(hashlib.sha256(text).hexdigest())' "$@" 2>/dev/null || echo none
 }
 
 make_venv() {  # make_venv INTERPRETER
@@ -154,27 +160,25 @@ stage() {  # see the map
         fail $? "stage $1 stopped the run; its own message is above. Then go on with: $command"
 }
 
-table() {
-    in_background table "${stages[@]}"
-}
-
 in_background() {  # so that a signal to this shell is answered at once, not when the stage is over
-    .venv/bin/python -u -c "$RUNNER" "$@" &
+    .venv/bin/python -I -S -u -c "$RUNNER" "$@" &
     child=$!
     wait "$child"
 }
 
 stop() {  # stop SIGNAL EXIT_CODE: pass it on, let the stage save what it wants to save
     trap '' INT TERM HUP
-    [ -z "$child" ] || { kill -s "$1" "$child" 2>/dev/null; wait "$child" 2>/dev/null; }
+    if [ -n "$child" ]; then
+        kill -s "$1" "$child" 2>/dev/null || true
+        wait "$child" 2>/dev/null || true
+    fi
     printf '\nstopped in stage %s; go on with: %s\n' "$current" "$command" >&2
     exit "$2"
 }
 
 # Runs one stage: decides whether it is up to date, measures it, remembers what it was made from.
 read -r -d '' RUNNER <<'PYTHON_CODE' || true
-import filecmp, functools, hashlib, http.server, json, os, re, resource, shlex, signal, subprocess
-import sys, threading, time
+import contextlib, filecmp, hashlib, json, os, re, resource, shlex, signal, subprocess, sys, time
 from pathlib import Path
 
 data, root = Path(os.environ["EDU_DATA"]), Path.cwd()
@@ -259,8 +263,8 @@ def run_stage(name, script, *words):
         same_flags = plan["flags"] == before.get("made_from", {}).get("flags")
         remove_stale(plan["writes"], data / folder, keep_twins=same_flags)
 
-    with Served(any("@served@" in flag for flag in flags)) as url:
-        flags = [flag.replace("@served@", url) for flag in flags]
+    with served(any("@served@" in flag for flag in flags)) as url:
+        flags = [flag.replace("@served@", url) if url else flag for flag in flags]
         where = "" if str(data) == "data" else f"EDU_DATA={shlex.quote(str(data))} "
         print(f"\n== {name}: {where}python edu/{script} {shlex.join(flags)}".rstrip())
         code, seconds, result = run_and_watch([sys.executable, f"edu/{script}", *flags])
@@ -297,23 +301,23 @@ def remove_stale(patterns, source, keep_twins):
         path.unlink()
 
 
-class Served:
-    """The data folder over HTTP on a free port of this machine, while the `with` block lasts."""
+@contextlib.contextmanager
+def served(wanted):
+    """The data folder over HTTP, on a free port of this machine alone, while the block lasts."""
+    if not wanted:
+        yield None
+        return
+    import functools, http.server, threading  # slow to import, and needed by one stage only
 
-    def __init__(self, wanted):
-        handler = functools.partial(type("Quiet", (http.server.SimpleHTTPRequestHandler,),
-                                         {"log_message": lambda *_: None}), directory=data)
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) if wanted else None
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
 
-    def __enter__(self):
-        if self.server is None:
-            return ""
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        return "http://127.0.0.1:%d" % self.server.server_port
-
-    def __exit__(self, *_):
-        if self.server is not None:
-            self.server.shutdown()
+    handler = functools.partial(Quiet, directory=data)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
 
 
 def run_and_watch(command):
@@ -379,7 +383,6 @@ def print_table(*names):
         print("* up to date; the row is of the run that made it")
     write_json(data / "pipeline.json", rows)
     print(f"wrote {data / 'pipeline.json'}")
-    print(f"this run took {time.time() - float(os.environ['PIPELINE_RUN']):.0f} s")
     return 0
 
 
@@ -404,15 +407,14 @@ main() {
         -h | --help) print_help; exit ;;
         *) fail 2 "'$*' is no argument of this script: see bash my_pipeline.sh --help" ;;
     esac
-    command="${DATA:+DATA=$DATA }${EDU_DATA:+EDU_DATA=$EDU_DATA }bash my_pipeline.sh"
+    command=$(same_command)
     stages=() current=none child=
     choose_data
     setup run
     trap 'stop INT 130' INT
     trap 'stop TERM 143' TERM
     trap 'stop HUP 129' HUP
-    PIPELINE_RUN=$(.venv/bin/python -c 'import time; print(time.time())')
-    export PIPELINE_RUN
+    export PIPELINE_RUN=$(date +%s).$$
     echo "zero to rlhf - data: ${DATA:-tiny} - everything lands in $data"
     life_cycle
 }
