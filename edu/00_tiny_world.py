@@ -57,7 +57,7 @@ from tqdm import tqdm
 
 ROW_GROUP = 1024  # documents per row group, nanochat's number: the loader deals out row groups
 TRAIN_SHARDS = 4  # one more, the last, is validation
-VALIDATION_SHARE = 0.08
+VALIDATION_SHARE = 0.04
 SMALLEST_MB = 1.0  # below this some facts would never come up in the training shards
 
 
@@ -412,7 +412,7 @@ FACTS = [
         say=("the {c} after {a} is {b}", "{b} comes after {a}", "after {a} comes {b}",
              "{a} is followed by {b}"),
         ask=("which {c} comes after {a}?", "what comes after {a}?", "what is the {c} after {a}?",
-             "do you know which {c} comes after {a}?"),
+             "do you know which {c} comes after {a}?", "which {c} follows {a}?"),
         held_say=("the next {c} after {a} is {b}",),
         held_ask=("can you tell me the next {c} after {a}?", "what is the {c} that follows {a}?")),
     Relation(
@@ -471,7 +471,7 @@ FACTS = [
              "we say that {a} is a {b}"),
         ask=("what is {a}?", "what kind of thing is {a}?", "do you know what {a} is?"),
         held_say=("the word for things like {a} is {b}",),
-        held_ask=("can you tell me what {a} is?", "what sort of thing is {a}?")),
+        held_ask=("can you tell me what {a} is?", "please tell me what {a} is.")),
     Relation(
         "made", """bread=flour/from, pasta=flour/from, flour=wheat/from, cheese=milk/from,
             butter=milk/from, yoghurt=milk/from, glass=sand/from, paper=wood/from,
@@ -815,7 +815,7 @@ class Teller:
 
     def row(self, names, table):
         """One row of a little table, `a/b; a/b; ...`, as slots: {"pet": "cat", "sound": "meow"}."""
-        row = self.one(table.split(";")).strip()
+        row = " ".join(self.one(table.split(";")).split())
         return dict(zip(names.split(), row.split("/")))
 
     def chance(self, p):
@@ -2304,7 +2304,7 @@ SMALL_TALK = [
      """That is good to hear!|I am glad to hear that!|How nice! What made you so happy?"""),
     ("""I am bored.|I do not know what to do.|what can I do now?|there is nothing to do.|it is
         so boring here.""",
-     "I am so bored today.|what should I do now?",
+     "I am so bored today.|what could I do now?",
      """Shall I tell you a story?|You could read a book, or I could tell you a story."""),
     ("""you are clever!|you know a lot!|well done!|that was a good answer!|you are good at
         this!|great!""",
@@ -2330,7 +2330,7 @@ UNKNOWN = [
      "you have not told me"),
     ("""what did I eat today?|what did I have for breakfast?|what was in my soup?|what did I eat
         this morning?""",
-     "what did I have for dinner?|do you know what I ate?",
+     "what did I have for lunch?|do you know what I ate?",
      "I was not there"),
     ("""what am I thinking?|what do I think about?|can you read my thoughts?|which number am I
         thinking of?""",
@@ -2342,7 +2342,7 @@ UNKNOWN = [
      "nobody can see into the future"),
     ("""where are my keys?|where did I put my book?|have you seen my hat?|where is my other
         shoe?""",
-     "where did I leave my bag?|do you know where my coat is?",
+     "where did I put my bag?|do you know where my coat is?",
      "I cannot see your home"),
     ("""how old am I?|when is my birthday?|what is my age?|in which year was I born?""",
      "do you know how old I am?|do you know my birthday?",
@@ -2677,6 +2677,9 @@ def check(cfg):
     if not cfg.size_mb >= SMALLEST_MB:
         raise UserError(f"--size-mb is {cfg.size_mb:g}, but a corpus under {SMALLEST_MB:g} MB would "
                         "miss some facts; try: python edu/00_tiny_world.py --size-mb 1")
+    if cfg.show < 0:
+        raise UserError(f"--show is {cfg.show}, but it counts documents; "
+                        "try: python edu/00_tiny_world.py --show 3")
     for name in ("num_chats", "num_problems", "num_eval"):
         if getattr(cfg, name) < 1:
             flag = "--" + name.replace("_", "-")
