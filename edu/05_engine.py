@@ -39,6 +39,7 @@ import json
 import math
 import operator
 import os
+import re
 import shutil
 import sys
 import sysconfig
@@ -629,7 +630,7 @@ def use_calculator(expression):
     if len(expression) > 100:
         return None
     if "'" not in expression and '"' not in expression:
-        expression = expression.replace(",", "")  # 1,234 is a number here
+        expression = re.sub(r"(?<=\d),(?=\d{3}\b)", "", expression)  # 1,234 is a number here
     try:
         value = evaluate_node(ast.parse(expression, mode="eval").body)
         if isinstance(value, float):
@@ -865,6 +866,8 @@ def load_or_invent(cfg, device):
 def check_engine_settings(cfg):
     if cfg.max_tokens < 1:
         raise UserError(f"--max-tokens {cfg.max_tokens}: ask for at least 1.")
+    if cfg.bench_tokens < 0:
+        raise UserError(f"--bench-tokens {cfg.bench_tokens}: 0 skips the race, more runs it.")
     if cfg.temperature < 0 or cfg.top_k < 0:
         raise UserError(f"--temperature {cfg.temperature} --top-k {cfg.top_k}: neither can be "
                         "negative; 0 means greedy, and 0 means all tokens.")
@@ -906,10 +909,10 @@ def run_engine(cfg):
     except ValueError as error:
         raise UserError(f"{error} (--prompt, --max-tokens)") from error
     for prompt, ids, row in zip(cfg.prompt, prompts, results):
-        text = tokenizer.decode(row[len(ids) :])
+        text = tokenizer.decode([token for token in row[len(ids) :] if token not in engine.stops])
         verdict = ""
         if trained and prompt in QUESTIONS:
-            is_right = text.split()[:1] and text.split()[0].strip(".,") == QUESTIONS[prompt]
+            is_right = re.match(rf"\s*{QUESTIONS[prompt]}\b", text)
             verdict = "  <- right" if is_right else f"  <- wrong, expected {QUESTIONS[prompt]}"
         print(f"{prompt}|{text!r}{verdict}")
 
