@@ -672,8 +672,9 @@ LEXICON = {
         egg|stamp|flower|biscuit|ball|bead|sticker]""",
 }
 
-SPOTS = """in the box, on the shelf, under the bed, in the bag, behind the door, on the table,
-    in the basket, under the chair, on the roof, in the garden, in the kitchen, on the sofa""".split(", ")
+SPOTS = ["in the box", "on the shelf", "under the bed", "in the bag", "behind the door",
+         "on the table", "in the basket", "under the chair", "on the roof", "in the garden",
+         "in the kitchen", "on the sofa"]
 
 GLAD_BECAUSE = [(feeling, cause) for feeling in ("happy", "glad", "full of joy") for cause in (
     "had won the race", "had a new friend", "got a lovely present", "had found the lost key",
@@ -2675,8 +2676,8 @@ def distinct_words(texts):
 
 def check(cfg):
     if not cfg.size_mb >= SMALLEST_MB:
-        raise UserError(f"--size-mb is {cfg.size_mb:g}, but a corpus under {SMALLEST_MB:g} MB would "
-                        "miss some facts; try: python edu/00_tiny_world.py --size-mb 1")
+        raise UserError(f"--size-mb is {cfg.size_mb:g}, but a corpus under {SMALLEST_MB:g} MB "
+                        "would miss some facts; try: python edu/00_tiny_world.py --size-mb 1")
     if cfg.show < 0:
         raise UserError(f"--show is {cfg.show}, but it counts documents; "
                         "try: python edu/00_tiny_world.py --show 3")
