@@ -557,7 +557,7 @@ class DecodeStep:
         return x / torch.hypot(length, self.eps[x.size(-1)])
 
     def __call__(self, ids, cache):
-        """Ids of the new tokens (B,) and the cache of what came before -> logits (B, V), float32."""
+        """Ids of the new tokens (B,), and the cache of all before them -> float32 logits (B, V)."""
         B, D, heads = len(ids), self.head_dim, self.n_head + self.n_kv_head
         positions, mask = cache.positions(1), cache.attention_mask(1)
         cos, sin = self.cos[positions], self.sin[positions]  # (1 or B, 1, D)

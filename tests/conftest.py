@@ -11,15 +11,16 @@ A learner's version is tested by the same files: `pytest tests/test_05_engine.py
 takes `my_edu/05_engine.py` where it exists, and ours for every other script.
 """
 
+import contextlib
 import importlib.util
 import ipaddress
 import os
-import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -144,14 +145,23 @@ def run_process(command, *, cwd, env=None, timeout=120, stdin=""):
     try:
         out, err = process.communicate(stdin, timeout=timeout)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        kill_tree(process.pid)
         out, err = process.communicate()
         pytest.fail(f"still running after {timeout} s: {process.args}\n{out[-4000:]}{err[-4000:]}")
     except BaseException:
-        os.killpg(process.pid, signal.SIGKILL)
+        kill_tree(process.pid)
         process.wait()
         raise
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def kill_tree(pid):
+    """Kill a process and all that it has started, also the ranks of torchrun, each in a session
+    of its own, which a signal to the process group would miss."""
+    parent = psutil.Process(pid)
+    for process in [*parent.children(recursive=True), parent]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def run_by_name(name, *args, cwd, data_dir=None, nproc=None, **options):

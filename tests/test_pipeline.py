@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run_process
+from conftest import ROOT, kill_tree, run_process
 
 STAGES = ["check", "world", "download", "tokenizer", "pretrain", "engine"]
 SCRIPTS = {
@@ -110,7 +110,8 @@ class Clone:
         path.write_text(
             "#!/usr/bin/env bash\n"
             'case "$*" in\n'
-            f'  "-m pip install"*) echo "$*" >>"{self.folder}/pip.txt"; exit "${{PIP_FAILS:-0}}" ;;\n'
+            f'  "-m pip install"*) echo "$*" >>"{self.folder}/pip.txt"\n'
+            '    exit "${PIP_FAILS:-0}" ;;\n'
             '  "-m pip"*) exit 0 ;;\n'
             f'esac\nexec {sys.executable} "$@"\n',
             "utf-8",
@@ -295,8 +296,7 @@ def test_a_stopped_stage_saves_leaves_nobody_behind_and_goes_on(finished, number
 
 def test_a_training_killed_outright_goes_on_but_never_as_another_run(finished):
     process = start_and_wait_for(finished, "ready to be stopped", KILLED="1", PRETRAIN_FLAGS="--x")
-    for pid in [process.pid, *descendants(process.pid)]:
-        os.kill(pid, signal.SIGKILL)
+    kill_tree(process.pid)
     process.communicate(timeout=20)
     copy = finished.folder.with_name("copy")
     shutil.copytree(finished.folder, copy)
@@ -305,11 +305,6 @@ def test_a_training_killed_outright_goes_on_but_never_as_another_run(finished):
     finished.folder = copy
     assert finished.run(PRETRAIN_FLAGS="--y").returncode == 0
     assert finished.ran() and finished.flags["pretrain"] == ["--y"]
-
-
-def descendants(pid):
-    psutil = pytest.importorskip("psutil")
-    return [child.pid for child in psutil.Process(pid).children(recursive=True)]
 
 
 # ---- where the data come from --------------------------------------------------------------------
