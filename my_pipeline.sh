@@ -68,14 +68,19 @@ absolute() {  # PATH as seen from where the user called us
 same_command() {  # the command that goes on with this run: FRESH would begin it again
     local name
     for name in DATA NUM_SHARDS EDU_DATA {CHECK,WORLD,DOWNLOAD,TOKENIZER,PRETRAIN,ENGINE}_FLAGS; do
-        [ -z "${!name:-}" ] || printf '%s=%q ' "$name" "${!name}"
+        case ${!name:-} in
+            "") ;;
+            *\'*) printf '%s=%q ' "$name" "${!name}" ;;
+            *[!A-Za-z0-9_./:-]*) printf "%s='%s' " "$name" "${!name}" ;;
+            *) printf '%s=%s ' "$name" "${!name}" ;;
+        esac
     done
     echo "bash my_pipeline.sh"
 }
 
 choose_data() {  # sets source, data (the folder for everything), num_shards and prompts
     local choice=${DATA:-tiny} folder=
-    prompts=("The sky is" "The most important thing is")
+    prompts=("Once upon a time" "The most important thing is")
     case $choice in
         tiny) source=mirror data=data num_shards=${NUM_SHARDS:-0} prompts=() ;;
         fineweb-edu) source=hub data=data/fineweb-edu num_shards=${NUM_SHARDS:-4} ;;
@@ -129,6 +134,7 @@ setup() {  # setup run|tests: .venv with the packages, done once for each state 
         -r "${lists[${#lists[@]} - 1]}" ||
         fail $? "pip could not install ${lists[*]}; its message is above. What it has installed \
 stays: the same command goes on from there"
+    fingerprint requirements.txt >.venv/.installed-run
     fingerprint "${lists[@]}" >"$stamp"
 }
 

@@ -220,7 +220,7 @@ def save_chat_model(path, **contents):
 def load_chat_model(path, flag="--load"):
     """(kind, model, vocabulary). weights_only: a stranger's file can run no code on loading."""
     try:
-        saved = torch.load(path, weights_only=True)
+        saved = dict(torch.load(path, weights_only=True))
         kind, vocabulary = saved["kind"], "".join(saved["vocabulary"])
         model = MODELS[kind](len(vocabulary))
         model.load_state_dict(saved["weights"])
