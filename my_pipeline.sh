@@ -357,6 +357,8 @@ def run_and_watch(command):
             result = {"metric": found[1], **dict(zip(("before", "after", "n"),
                                                      map(plain_number, found.groups()[1:])))}
     code = process.wait()
+    if asked and code == 0:  # it saved and ended in order, but it has not done its job
+        code = 130
     return 128 - code if code < 0 else code, time.monotonic() - started, result
 
 

@@ -286,7 +286,7 @@ def both_ways():
 def in_order(step):
     """(a, b, kind) with b the one after a (step 1) or before a (step -1)."""
     rounds = [("day", DAYS, 7), ("month", MONTHS, 12), ("season", SEASONS, 4),
-              ("number", NUMBERS[:42], 0)]
+              ("number", NUMBERS[:32], 0)]
     rows = []
     for kind, names, cycle in rounds:
         for i in range(len(names)) if cycle else range(1, len(names) - 1):
@@ -1843,14 +1843,16 @@ def riddles(w):
 
 @page(40)
 def sums_in_prose(w):
-    """Sums as sentences, and what they are good for."""
+    """Sums as sentences: said, written, asked and answered."""
+    cast = w.cast()
     lines = [w.tell("""[Some sums.|A page of sums.|Let us count.|{hero} likes sums.|Sums for
-        {weekday}.|{hero} and {friend} do sums.|||||]""", w.cast(), clean=False)]
-    for _ in range(w.number(6, 16)):
+        {weekday}.|{hero} and {friend} do sums.|||||]""", cast, clean=False)]
+    for _ in range(w.number(6, 14)):
         fact = w.sums.deal()
-        lines.append(w.clause(fact) + "." if w.chance(0.8) else
-                     w.tell("[So|Yes,|We know that|It is true that|Count again:] {that}.",
-                            that=w.clause(fact, plain=True), clean=False))
+        lines.append(w.tell("""{say}.|{say}.|{say}.|{say}.|[So|Yes,|We know that|It is true that|
+            Count again:] {that}.|{ask} {answer}.|{hero} [says|knows|writes] that {that}.""",
+                            cast, say=w.clause(fact), that=w.clause(fact, plain=True),
+                            ask=w.question(fact), answer=w.answer(fact), clean=False))
     return polish(" ".join(lines))
 
 

@@ -24,7 +24,7 @@ Run:
 
 Expect:
     02 dataloader - cpu - tokenizer ... of 2048 ids - B 4 x T 256 - rank 0 of 1
-    batch  inputs    targets   dtype        epoch    doc  token
+    batch  inputs    targets   dtype        epoch    doc  token (of the next batch)
         5  4x256     4x256     torch.int64      0     20     12
     resumed from the state after batch 2: batches 3 to 5 are the same bit for bit
     result: share of raw tiktoken speed - -> 1.03 (n=500000)

@@ -926,7 +926,8 @@ def run_engine(cfg):
         print(f"without cache {naive:.0f} tok/s, with cache {cached:.0f} tok/s: "
               f"{cached / naive:.1f} times as fast")
         print(f"result: tok/s without and with the cache {naive:.0f} -> {cached:.0f} (n={count})")
-    print("next: python edu/06_identity.py" if trained else "next: python edu/12_pretrain.py")
+    print("next: python edu/" + ("05_engine.py --temperature 1 --max-tokens 40" if trained
+                                 else "12_pretrain.py"))
 
 
 # ---- the command line ----------------------------------------------------------------------------

@@ -1284,7 +1284,7 @@ def train(cfg):
         raise TrainingFailed(failure)
     save(step, val_bpb)  # before anything slow: who asks to stop may not ask twice
     if stop.asked and step < num_iterations:
-        print0(f"stopped at step {step} of {num_iterations}; go on with the same flags and --resume")
+        print0(f"stopped at step {step} of {num_iterations}; --resume goes on, with the same flags")
         compute_cleanup()
         return {"step": step, "val_bpb": val_bpb, "ladder": ladder,
                 "rows": read_metrics(folder / "metrics.jsonl")}
