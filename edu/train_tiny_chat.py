@@ -155,7 +155,8 @@ def train(model, train_data, val_data, steps, batch_size, lr):
     for step in range(steps + 1):
         if step % math.ceil(steps / 10) == 0 or step == steps:
             on_train, on_val = (mean_loss(model, part[:5000]) for part in (train_data, val_data))
-            before = on_val if step == 0 else before
+            if step == 0:
+                before = on_val
             print(f"{step:>6} {on_train:>8.4f} {on_val:>8.4f}", flush=True)
             if not math.isfinite(on_train):
                 give_up(f"the loss is {on_train}: updates overshoot; use less than --lr {lr:g}")
