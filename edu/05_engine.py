@@ -528,12 +528,12 @@ class DecodeStep:
 
     One token is so little arithmetic that the time goes into reading the weights and into the fixed
     price of each PyTorch operation, 2 to 15 us. So the weights lie in the order in which they are
-    read, q, k and v are one product, and every norm is three cheap operations. They are copies:
-    build a new DecodeStep when the weights have changed.
+    read, q, k and v are one product, and every norm is three cheap operations. The price: a second
+    copy of the weights, which must be made anew when they change (`is_current`).
     """
 
     def __init__(self, model):
-        config, self.wte = model.config, model.transformer.wte
+        self.wte, self.sums, config = model.transformer.wte, self.weight_sums(model), model.config
         C, D = config.n_embd, config.n_embd // config.n_head
         self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, D
 
@@ -547,9 +547,17 @@ class DecodeStep:
         self.head = pack(model.lm_head, scale=C**0.5 / 15.0)
         # y = x (cos, cos) + (x2, x1) (sin, -sin) is RoPE on x = (x1, x2), with a norm's sqrt(D)
         cos, sin = model.cos[0, :, 0] * D**0.5, model.sin[0, :, 0] * D**0.5  # (sequence_len, D/2)
-        self.cos, self.sin = torch.cat((cos, cos), dim=-1), torch.cat((sin, -sin), dim=-1)
+        self.cos_sin = torch.cat((cos, cos, sin, -sin), dim=-1).to(self.head.dtype)
         eps = torch.finfo(self.head.dtype).eps  # what F.rms_norm adds to the mean of the squares
         self.eps = {n: self.head.new_tensor((n * eps) ** 0.5) for n in (C, D)}
+
+    @staticmethod
+    def weight_sums(model):
+        return [weight.sum().item() for weight in model.parameters()]
+
+    def is_current(self, model):
+        """Are these still the model's weights? Adding them all up takes about one decode step."""
+        return self.wte is model.transformer.wte and self.sums == self.weight_sums(model)
 
     def unit(self, x):
         """x (..., C) / sqrt(|x|^2 + C eps), a vector of length 1."""
@@ -559,12 +567,11 @@ class DecodeStep:
     def __call__(self, ids, cache):
         """Ids of the new tokens (B,), and the cache of all before them -> float32 logits (B, V)."""
         B, D, heads = len(ids), self.head_dim, self.n_head + self.n_kv_head
-        positions, mask = cache.positions(1), cache.attention_mask(1)
-        cos, sin = self.cos[positions], self.sin[positions]  # (1 or B, 1, D)
-        x = norm(self.wte(ids))  # (B, C)
+        cos, sin = self.cos_sin[cache.positions(1)].chunk(2, dim=-1)  # (1 or B, 1, D)
+        x, mask = norm(self.wte(ids)), cache.attention_mask(1)  # (B, C), (B, 1, 1, pos + 1) or None
         for i, (w_qkv, w_attn, w_fc, w_mlp) in enumerate(self.layers):
             qkv = (self.unit(x) @ w_qkv).view(B, -1, D)  # (B, H + 2 H_kv, D)
-            qk = self.unit(qkv[:, :heads])  # a rotation keeps the length: norm first is the same
+            qk = self.unit(qkv[:, :heads])  # norm first is the same: rotation keeps the length
             qk = torch.addcmul(qk * cos, qk.roll(D // 2, -1), sin)
             k, v = cache.insert_kv(i, qk[:, self.n_head :, None], qkv[:, heads:, None])
             # the query heads that share a key are the rows of one matrix: no head is copied
@@ -656,7 +663,7 @@ class Engine:
     """Generates with a cache, many rows at once. Source: nanochat/engine.py::Engine."""
 
     def __init__(self, model, tokenizer):
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer, self.packed = model, tokenizer, None
         special = tokenizer.encode_special
         self.python_start, self.python_end = special("<|python_start|>"), special("<|python_end|>")
         self.output_start, self.output_end = special("<|output_start|>"), special("<|output_end|>")
@@ -698,6 +705,12 @@ class Engine:
         """Logits of the last position only, (B, T, C) -> (B, V): the others are not needed."""
         return 15.0 * torch.tanh(self.model.lm_head(hidden[:, -1]).float() / 15.0)
 
+    def decode_step(self):
+        """The DecodeStep of the model's present weights, kept from call to call while they last."""
+        if self.packed is None or not self.packed.is_current(self.model):
+            self.packed = DecodeStep(self.model)
+        return self.packed
+
     def advance_tool(self, state, token):
         """Follow the calculator's tokens through a row; queue its answer when a call closes."""
         if token == self.python_start:
@@ -729,14 +742,14 @@ class Engine:
             rows = torch.arange(len(prompts), device=device).repeat_interleave(num_samples)
             logits = logits[rows]
             cache.keep_rows(rows)
-        decode_step = DecodeStep(self.model)
+        decode_step = self.decode_step()
         states, active = [RowState() for _ in range(num_rows)], list(range(num_rows))
         # A row's random numbers are its own, so who else is in the batch cannot change its text.
         rng = torch.Generator().manual_seed(seed)
-        u = torch.rand(num_rows, max_tokens, generator=rng).to(device)
+        u = torch.rand(num_rows, max_tokens, generator=rng).T.to(device)  # (step, row)
         for step in range(max_tokens):
             # 2. sample a token for each row that is still running, or take the forced one
-            sampled = sample_next_token(logits, u[active, step], temperature, top_k).tolist()
+            sampled = sample_next_token(logits, u[step], temperature, top_k).tolist()
             tokens, masks, ids = [None] * num_rows, [None] * num_rows, []
             for row, token in zip(active, sampled):
                 forced = states[row].forced
@@ -751,7 +764,9 @@ class Engine:
                 return
             if len(keep) < len(ids):
                 active, ids = [active[i] for i in keep], [ids[i] for i in keep]
-                cache.keep_rows(torch.tensor(keep, device=device))
+                rows = torch.tensor(keep, device=device)
+                u = u[:, rows]
+                cache.keep_rows(rows)
             # 4. one pass over one new token for each row
             logits = decode_step(torch.tensor(ids, device=device), cache)
 
@@ -797,7 +812,7 @@ def generate_naive(engine, tokens, max_tokens):
 def generate_cached(engine, tokens, max_tokens):
     """The same with the cache, bare of sampling and tools: prefill, then one token a pass."""
     logits, cache = engine.prefill([tokens], max_tokens)
-    decode_step, new = DecodeStep(engine.model), [logits.argmax(-1)]  # (1,) each
+    decode_step, new = engine.decode_step(), [logits.argmax(-1)]  # (1,) each
     while len(new) < max_tokens:
         new.append(decode_step(new[-1], cache).argmax(-1))
     return torch.cat(new).tolist()
@@ -810,7 +825,7 @@ def largest_difference(engine, tokens, split):
     """
     model, ids = engine.model, torch.tensor(tokens, device=engine.model.lm_head.weight.device)
     logits, cache = engine.prefill([tokens[:split]], len(tokens) - split)
-    decode_step = DecodeStep(model)
+    decode_step = engine.decode_step()
     cached = torch.cat([logits] + [decode_step(ids[t : t + 1], cache)
                                    for t in range(split, len(tokens))])
     return (cached - model(ids[None])[0, split - 1 :]).abs().max().item()
