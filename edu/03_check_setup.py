@@ -201,14 +201,14 @@ def all_reduce_sum(number, device, world_size):
     return total.item()
 
 
-def measure_gflops(device, dtype, budget=0.2):
+def measure_gflops(device, dtype, budget=0.25):
     """Billions of multiplications and additions per second in a square matmul; well under 1 s.
 
     The size doubles until `budget` seconds are over, since what takes 20 ms here takes 20 s
     elsewhere; the best rate of all counts, as the one that other programs disturbed least.
     """
     wait = torch.accelerator.synchronize if device.type != "cpu" else lambda: None
-    best, n, start = 0.0, 128, time.perf_counter()
+    best, n, start = 0.0, 256, time.perf_counter()
     while time.perf_counter() - start < budget:
         a, b = torch.randn(2, n, n, device=device).to(dtype)  # (n, n) each
         a @ b  # the first call also pays for setting up

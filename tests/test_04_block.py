@@ -285,7 +285,7 @@ def test_a_block_only_knows_distances_so_a_shift_of_all_positions_changes_nothin
 
 
 def test_order_matters_to_a_block(block, x):
-    """Without RoPE the last token would see its past as a bag: swapping two would change nothing."""
+    """Without RoPE the last token would see its past as a bag: swapping two would do nothing."""
     swapped = x[:, [1, 0, 2, 3, 4]]
     assert (block(swapped)[:, -1] - block(x)[:, -1]).abs().max() > 1e-2
 

@@ -270,7 +270,7 @@ def test_it_needs_nothing_but_torch_and_the_standard_library():
 @pytest.mark.parametrize("kind", ["bigram", "transformer"])
 def test_a_loaded_model_gives_the_identical_reply(chat, tmp_path, kind):
     file = tmp_path / "model.pt"
-    code, out, _ = chat("--model", kind, "--steps", 20, "--seed", 3, "--save", file)
+    code, out, _ = chat("--model", kind, "--steps", 5, "--seed", 3, "--save", file)
     assert code == 0 and f"wrote {file} " in out
     code, again, _ = chat("--load", file, "--seed", 3)
     assert code == 0 and reply_of(again) == reply_of(out)
