@@ -711,7 +711,33 @@ def orthogonalize(G, steps=5, dtype=torch.float32):
     return (X.mT if G.size(-2) > G.size(-1) else X).to(G.dtype)
 
 
-class Muon(torch.optim.Optimizer):
+class Optimizer:
+    """What Muon and AdamW share: groups of parameters with their settings, and a state for each.
+
+    torch.optim.Optimizer does the same and more, but its first use imports the compiler, a second
+    or more at every start of a script.
+    """
+
+    def __init__(self, groups, **defaults):
+        self.param_groups = [{**defaults, **group, "params": list(group["params"])}
+                             for group in groups]
+        self.state = {p: {} for group in self.param_groups for p in group["params"]}
+
+    def zero_grad(self):
+        for p in self.state:
+            p.grad = None
+
+    def state_dict(self):
+        """The states in the order of the parameters: tensors and numbers only."""
+        return list(self.state.values())
+
+    def load_state_dict(self, states):
+        for p, state in zip(self.state, states, strict=True):
+            self.state[p] = {name: value.to(p.device) if isinstance(value, torch.Tensor) else value
+                             for name, value in state.items()}
+
+
+class Muon(Optimizer):
     """Momentum, orthogonalised: every direction of a weight matrix is stepped by the same amount.
 
     params: 2-d parameters. Matrices of one shape are stacked and orthogonalised together. Every
@@ -722,7 +748,7 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(self, params, lr=0.02, momentum=0.95, dtype=torch.float32):
-        super().__init__(params, {"lr": lr, "momentum": momentum})
+        super().__init__([{"params": params}], lr=lr, momentum=momentum)
         self.dtype = dtype
 
     @torch.no_grad()
@@ -745,18 +771,44 @@ class Muon(torch.optim.Optimizer):
                 torch._foreach_add_(params, list(updates.unbind()), alpha=-group["lr"] * scale)
 
 
+class AdamW(Optimizer):
+    """Each weight steps by its mean gradient over its root mean square; decay apart from both.
+
+    groups: dicts of params and lr. Source: arXiv 1711.05101, algorithm 2.
+    """
+
+    def __init__(self, groups, betas=(0.8, 0.95), eps=1e-10, weight_decay=0.0):
+        super().__init__(groups, betas=betas, eps=eps, weight_decay=weight_decay)
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state.update(step=0, m=torch.zeros_like(p), v=torch.zeros_like(p))
+                state["step"] += 1
+                # m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2
+                m = state["m"].lerp_(p.grad, 1 - beta1)
+                v = state["v"].mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
+                # p <- (1 - lr wd) p - lr m^ / (sqrt(v^) + eps);  m^ = m / (1 - b1^t), v^ likewise
+                root = (v / (1 - beta2 ** state["step"])).sqrt_().add_(group["eps"])
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.addcdiv_(m, root, value=-group["lr"] / (1 - beta1 ** state["step"]))
+
+
 def build_optimizers(model, cfg, dtype=torch.float32):
     """[AdamW for the embedding and the head, Muon for the matrices of the blocks].
 
     Source: nanochat/gpt.py::GPT.setup_optimizers.
     """
     scale = (model.config.n_embd / 768) ** -0.5
-    adamw = torch.optim.AdamW(
-        [{"params": [model.lm_head.weight], "lr": cfg.unembedding_lr * scale},
-         {"params": [model.transformer.wte.weight], "lr": cfg.embedding_lr * scale}],
-        betas=(0.8, 0.95), eps=1e-10, weight_decay=0.0, fused=model.lm_head.weight.device.type
-        in ("cpu", "cuda"))
-    muon = Muon(list(model.transformer.h.parameters()), lr=cfg.matrix_lr, dtype=dtype)
+    adamw = AdamW([{"params": [model.lm_head.weight], "lr": cfg.unembedding_lr * scale},
+                   {"params": [model.transformer.wte.weight], "lr": cfg.embedding_lr * scale}])
+    muon = Muon(model.transformer.h.parameters(), lr=cfg.matrix_lr, dtype=dtype)
     for optimizer in (adamw, muon):
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
@@ -781,7 +833,7 @@ class SlicedCrossEntropy(torch.autograd.Function):
 
     The logits of a batch, 4096 tokens x 4096 words, are 64 MB that softcap, softmax and their
     backward passes would each read and write. A slice stays in the cache of the processor, and its
-    gradient is known as soon as its loss is, so it is taken at once and the logits forgotten.
+    gradient is known as soon as its loss is, so it is taken at once and the logits overwritten.
     Equal to GPT.forward's loss; the test compares values and gradients.
     """
 
@@ -793,19 +845,21 @@ class SlicedCrossEntropy(torch.autograd.Function):
         d_hidden, d_weight = torch.empty_like(h), torch.zeros_like(weight)
         counted = targets != -1
         losses, count = torch.zeros(N, device=h.device), counted.sum().clamp(min=1)
-        rows = max(64, 2**21 // V)
+        rows = max(64, 2 ** (20 if h.device.type == "cpu" else 26) // V)
+        logits, probs = h.new_empty(rows, V), weight.new_empty(rows, V)  # for every slice anew
         for s in (slice(i, i + rows) for i in range(0, N, rows)):
-            # z = 15 tanh(h w^T / 15);  loss = -log softmax(z)[target]
-            tanh = (h[s] @ w.T).float().div_(15.0).tanh_()  # (rows, V)
-            grad = torch.log_softmax(15.0 * tanh, dim=-1)
-            index = targets[s].clamp(min=0)[:, None]
-            losses[s] = -grad.gather(1, index)[:, 0] * counted[s]
-            # dloss/dz = softmax(z) - onehot(target);  dz/d(h w^T) = 1 - tanh^2
-            grad.exp_().scatter_add_(1, index, grad.new_full(index.shape, -1.0))
-            grad.mul_(counted[s][:, None] / count).mul_(tanh.square_().neg_().add_(1.0))
-            grad = grad.to(dtype)
-            d_hidden[s] = grad @ w
-            d_weight += grad.T @ h[s]
+            x, mask, index = h[s], counted[s][:, None], targets[s].clamp(min=0)[:, None]
+            # z = 15 tanh(x w^T / 15);  loss = -log softmax(z)[target]: no logit beyond +-15, so no
+            # probability is too small for its logarithm
+            tanh = torch.mm(x, w.T, out=logits[: len(x)]).float().div_(15.0).tanh_()
+            grad = torch.mul(tanh, 15.0, out=probs[: len(x)])
+            torch.softmax(grad, dim=-1, out=grad)
+            losses[s] = -(grad.gather(1, index).log_() * mask)[:, 0]
+            # dloss/dz = softmax(z) - onehot(target);  dz/d(x w^T) = 1 - tanh^2
+            grad.scatter_add_(1, index, grad.new_full(index.shape, -1.0)).mul_(mask / count)
+            grad = grad.addcmul_(grad, tanh.square_(), value=-1).to(dtype)
+            torch.mm(grad, w, out=d_hidden[s])
+            d_weight += grad.T @ x
         ctx.save_for_backward(d_hidden.to(hidden.dtype), d_weight)
         return losses.sum() / count
 
@@ -863,7 +917,7 @@ class TrainStep:
                         group["momentum"] = momentum
                 optimizer.step()
         for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
         return loss.item(), norm_of_all
 
 
@@ -1184,8 +1238,8 @@ def train(cfg):
     first = 0
     if resumed:
         model.load_state_dict(resumed["model"])
-        for optimizer, state in zip(optimizers, resumed["optimizers"]):
-            optimizer.load_state_dict(state)
+        for optimizer, states in zip(optimizers, resumed["optimizers"]):
+            optimizer.load_state_dict(states)
         torch.set_rng_state(resumed["rng"])
         first = resumed["step"]
         print0(f"resumed at step {first} of {num_iterations}")

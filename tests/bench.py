@@ -63,8 +63,10 @@ LESS_IS_MORE = ("s", "MB", "bits per byte")  # units
 # How 1.1 MB of Shakespeare is learned in seconds: many small steps of a small model.
 SHAKESPEARE_BPB = 2.712  # 1.88 nats per character, where nanoGPT's run on a CPU ends
 TOKENIZER_FLAGS = "--vocab-size 1024 --no-gpt2"
-PRETRAIN_FLAGS = ("--depth 3 --n-embd 128 --n-head 1 --sequence-len 128 --device-batch-size 32 "
-                  "--total-batch-size 4096 --num-iterations 60 --no-plot")
+PRETRAIN_FLAGS = ("--depth 1 --n-embd 64 --n-head 1 --sequence-len 64 --device-batch-size 16 "
+                  "--total-batch-size 1024 --num-iterations 210 --matrix-lr 0.03 "
+                  "--embedding-lr 0.17 --unembedding-lr 0.0045 --warmdown-ratio 0.8 "
+                  "--eval-every 1000 --save-every 1000 --no-plot")
 NANOGPT_FLAGS = (  # of nanoGPT's README, for a machine without a GPU
     "--device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size=64 "
     "--batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 "

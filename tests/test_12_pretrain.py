@@ -130,6 +130,42 @@ def test_muon_steps_equal_shapes_together_as_it_steps_them_alone():
         torch.testing.assert_close(p, q, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_adamw_equals_torchs_own_adamw(weight_decay):
+    ours, theirs = (torch.nn.Parameter(torch.ones(5, 3)) for _ in range(2))
+    mine = pretrain.AdamW([{"params": [ours], "lr": 0.1}], weight_decay=weight_decay)
+    peer = torch.optim.AdamW([theirs], lr=0.1, betas=(0.8, 0.95), eps=1e-10,
+                             weight_decay=weight_decay)
+    for step in range(5):
+        grad = torch.randn(5, 3, generator=torch.Generator().manual_seed(step))
+        ours.grad, theirs.grad = grad.clone(), grad.clone()
+        mine.step(), peer.step()
+    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["Muon", "AdamW"])
+def test_an_optimizer_goes_on_from_its_saved_state_as_if_never_stopped(kind, tmp_path):
+    def make(p):
+        return (pretrain.Muon([p]) if kind == "Muon" else
+                pretrain.AdamW([{"params": [p], "lr": 0.1}]))
+
+    def steps(p, optimizer, count):
+        for step in range(count):
+            p.grad = torch.randn(4, 4, generator=torch.Generator().manual_seed(step))
+            optimizer.step()
+
+    straight, stopped = (torch.nn.Parameter(torch.ones(4, 4)) for _ in range(2))
+    optimizer = make(straight)
+    steps(straight, optimizer, 2), steps(straight, optimizer, 3)
+    optimizer = make(stopped)
+    steps(stopped, optimizer, 2)
+    torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+    resumed = make(stopped)
+    resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    steps(stopped, resumed, 3)
+    assert torch.equal(straight, stopped)
+
+
 def test_every_parameter_has_exactly_one_optimizer():
     model = small_model()
     held = [id(p) for o in pretrain.build_optimizers(model, pretrain.Config())
