@@ -1661,7 +1661,6 @@ def treasure_map(w):
 def swapping(w):
     things = w.some(3, ["ball", "kite", "drum", "whistle", "book", "hat", "bell", "flute", "puzzle",
                         "lantern"])
-    third = w.one([name for name in GIRLS + BOYS])
     return w.story("""
         {opening} {hero} had a {a}, but {hero.he} [did not play with it any more|wanted
         something else|was tired of it]. {day}, {hero.he} met {friend}, who had a {b}. "[Shall

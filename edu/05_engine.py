@@ -569,7 +569,7 @@ class DecodeStep:
 
     @staticmethod
     def times(x, packed):
-        """x (B, C_in) times a packed matrix -> (B, C_out), the slices shared out among the cores."""
+        """x (B, C_in) times a packed matrix -> (B, C_out); the cores share out the slices."""
         y = torch.bmm(x.expand(len(packed), -1, -1), packed)  # (n, B, C_out / n)
         return y.transpose(0, 1).flatten(1)
 

@@ -15,7 +15,6 @@ import pickle
 
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import load
 
 engine = load("05_engine")

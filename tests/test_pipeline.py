@@ -11,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -483,7 +482,8 @@ def test_run_sh_sets_up_and_hands_its_arguments_to_pytest(clone, arguments, whol
     assert clone.pip_calls()[0].endswith("-r tests/requirements.txt")
     words = done.stdout[done.stdout.index("-q\n") :].splitlines()
     folder = [str(tests.resolve())] if whole_suite else []
-    assert words == ["-q", "-c", str(clone.folder.resolve() / "pyproject.toml"), *folder, *arguments]
+    config = str(clone.folder.resolve() / "pyproject.toml")
+    assert words == ["-q", "-c", config, *folder, *arguments]
 
 
 def test_help_names_every_setting(clone):
