@@ -8,6 +8,8 @@ import json
 import sys
 import types
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from conftest import load, run_by_name
 
@@ -110,6 +112,7 @@ ANSWERS = [
     ("<|python_start|>#### 42<|python_end|>", None),
     ("<|output_start|>#### 42<|output_end|>", None),
     ("<|python_start|>#### 42", None),
+    ("<|python_start|>6*7\n#### 42<|python_end|>", None),
     (f"#### {CALL}", None),
     (f"#### {CALL}495", "495"),
     (f"#### 495{CALL}", "495"),
@@ -218,8 +221,9 @@ ODD = [
     ),
     (  # a call that is never closed, one cut by a line end, and a line separator in the question
         "Two lines.\u2028Three words each. \u00a0How many words?",
-        "2*3 = <<2*3=6 words, or <<2*\n3=6>>6\n#### 6",
-        [text("2*3 = <<2*3=6 words, or <<2*\n3=6>>6\n#### 6")],
+        "2*3 = <<2*3=6 words, <<2*\n3=6>>6 or << as <<2+4=6>>6.\n#### 6",
+        [text("2*3 = <<2*3=6 words, <<2*\n3=6>>6 or << as "), *call("2+4", "6"),
+         text("6.\n#### 6")],
         "6",
     ),
 ]  # fmt: skip
@@ -347,7 +351,7 @@ def test_the_hub_is_asked_for_gsm8k_by_its_name(monkeypatch, split):
 @pytest.mark.parametrize(
     "error",
     [ConnectionError("Couldn't reach it\nand more"), FileNotFoundError("no such set"),
-     ValueError("no cached copy")],
+     ValueError("no cached copy"), type("ProtocolError", (Exception,), {})("cut off")],
 )  # fmt: skip
 def test_a_hub_out_of_reach_ends_with_the_two_ways_that_need_no_network(
     monkeypatch, capsys, error, tmp_path
@@ -362,6 +366,34 @@ def test_a_hub_out_of_reach_ends_with_the_two_ways_that_need_no_network(
     assert str(error).splitlines()[0] in said.err and "and more" not in said.err
     assert "edu/00_tiny_world.py" in said.err and "--path FILE.jsonl" in said.err
     assert said.err.count("\n") == 1
+
+
+def test_the_datasets_library_itself_is_called_in_a_way_that_it_understands(run_script, tmp_path):
+    """A folder openai/gsm8k, laid out as on the hub, takes the hub's place: no network needed."""
+    pytest.importorskip("datasets")
+    folder = tmp_path / "openai" / "gsm8k"
+    (folder / "main").mkdir(parents=True)
+    for split, rows in (("train", odd_rows()), ("test", odd_rows()[4:7])):
+        pq.write_table(pa.Table.from_pylist(rows), folder / "main" / f"{split}-00000.parquet")
+    files = "".join(
+        f"  - split: {split}\n    path: main/{split}-*\n" for split in ("train", "test")
+    )
+    card = f"---\nconfigs:\n- config_name: main\n  data_files:\n{files}---\n"
+    (folder / "README.md").write_text(card, "utf-8")
+    done = run_script("09_gsm8k", "--source", "hub", "--split", "test",
+                      env={"HF_HOME": tmp_path / "cache"})  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "- openai/gsm8k, split test - 3 problems -" in done.stdout
+    assert "-> 100.0% (n=3)" in done.stdout
+
+
+def test_ctrl_c_while_the_hub_is_asked_is_no_error_of_the_hub(monkeypatch, capsys):
+    def load_dataset(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    stand_in(monkeypatch, load_dataset)
+    assert gsm.main(["--source", "hub"]) == 130
+    assert "out of reach" not in capsys.readouterr().err
 
 
 def test_without_the_datasets_library_the_message_says_how_to_get_it(monkeypatch, capsys):
