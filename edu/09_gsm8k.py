@@ -24,11 +24,11 @@ Run:
     python edu/09_gsm8k.py --split test --seed 7
 
 Expect:
-    09 gsm8k - cpu - tiny world, split train - 12000 problems - seed 1337
-    ground truth: 154
-    reference           154             1.0  1.000
+    09 gsm8k - cpu - tiny world, split train - 6000 problems - seed 1337
+    ground truth: 520
+    reference           520             1.0  1.000
     two answers         none            0.0  0.000
-    result: reference answers paid in full - -> 100.0% (n=12000)
+    result: reference answers paid in full - -> 100.0% (n=6000)
     next: python edu/10_rl.py
 
 Writes:
