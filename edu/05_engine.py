@@ -456,6 +456,7 @@ class GPT(nn.Module):
 # ---- the idea: the cache -------------------------------------------------------------------------
 
 
+# --- shared: kv-cache (home: 05_engine.py) ---
 class KVCache:
     """Keys and values of every layer for the tokens seen so far, in one tensor.
 
@@ -512,17 +513,35 @@ class KVCache:
         # A padded query would see nothing, and a softmax over nothing is nan: let it see itself.
         return (mask | (columns == columns[self.pos :, None]))[:, None]
 
-    def keep_rows(self, rows):
-        """Keep only these rows, in this order; a row named twice is copied. rows: (B',) long."""
-        data = self.data.new_empty(len(rows), *self.data.shape[1:])
-        data[..., : self.pos, :] = self.data[..., : self.pos, :][rows]
+    def repeat_rows(self, count):
+        """Make count copies of every row, next to each other."""
+        data = self.data.new_empty(len(self.data) * count, *self.data.shape[1:])
+        data[..., : self.pos, :] = self.data[..., : self.pos, :].repeat_interleave(count, dim=0)
         self.data, self.layers = data, data.unbind(1)
-        self.start = None if self.start is None else self.start[rows]
+        self.start = None if self.start is None else self.start.repeat_interleave(count)
+
+    def keep_rows(self, rows):
+        """Drop all but `rows` (list, rising); return the order in which they stand now.
+
+        A gap is filled with a row from the end: to move a few costs less than to copy them all.
+        """
+        gaps = sorted(set(range(len(rows))) - set(rows))
+        moved = rows[len(rows) - len(gaps) :]
+        self.data[gaps, ..., : self.pos, :] = self.data[moved, ..., : self.pos, :]
+        order = list(range(len(rows)))
+        for gap, row in zip(gaps, moved):
+            order[gap] = row
+        self.data = self.data[: len(rows)]
+        self.layers = self.data.unbind(1)
+        self.start = None if self.start is None else self.start[order]
+        return order
+# --- end shared ---
 
 
 # ---- the idea: decoding at speed -----------------------------------------------------------------
 
 
+# --- shared: decode-step (home: 05_engine.py) ---
 class DecodeStep:
     """The model once more, for one new token in each row: the same numbers, sooner.
 
@@ -589,11 +608,13 @@ class DecodeStep:
             x = x + self.times(y.reshape(B, -1), w_attn)
             x = x + self.times(torch.relu(self.times(self.unit(x), w_fc)).square_(), w_mlp)
         return torch.tanh(self.times(self.unit(x), self.head).float()).mul_(15.0)
+# --- end shared ---
 
 
 # ---- the idea: sampling --------------------------------------------------------------------------
 
 
+# --- shared: sampling (home: 05_engine.py) ---
 def sample_next_token(logits, u, temperature=1.0, top_k=0):
     """One token for each row: logits (B, V), u (B,) uniform in [0, 1) -> (B,) long.
 
@@ -611,10 +632,12 @@ def sample_next_token(logits, u, temperature=1.0, top_k=0):
     choice = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)
     choice = choice.clamp(max=logits.size(-1) - 1)  # (B, 1)
     return (choice if tokens is None else tokens.gather(1, choice))[:, 0]
+# --- end shared ---
 
 
 # ---- the idea: the calculator --------------------------------------------------------------------
 
+# --- shared: calculator (home: 05_engine.py) ---
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
              ast.Div: operator.truediv, ast.FloorDiv: operator.floordiv,
              ast.UAdd: operator.pos, ast.USub: operator.neg}
@@ -655,11 +678,13 @@ def use_calculator(expression):
         return str(value) if math.isfinite(value) else None
     except (SyntaxError, ValueError, ArithmeticError):
         return None
+# --- end shared ---
 
 
 # ---- the idea: the engine ------------------------------------------------------------------------
 
 
+# --- shared: engine (home: 05_engine.py) ---
 class RowState:
     """What the engine remembers of one row. Source: nanochat/engine.py::RowState."""
 
@@ -748,9 +773,8 @@ class Engine:
         logits, cache = self.prefill(prompts, max_tokens)
         device, num_rows = logits.device, len(prompts) * num_samples
         if num_samples > 1:
-            rows = torch.arange(len(prompts), device=device).repeat_interleave(num_samples)
-            logits = logits[rows]
-            cache.keep_rows(rows)
+            logits = logits.repeat_interleave(num_samples, dim=0)
+            cache.repeat_rows(num_samples)
         decode_step = self.decode_step()
         states, active = [RowState() for _ in range(num_rows)], list(range(num_rows))
         # A row's random numbers are its own, so who else is in the batch cannot change its text.
@@ -772,10 +796,8 @@ class Engine:
             if not keep or step == max_tokens - 1:
                 return
             if len(keep) < len(ids):
-                active, ids = [active[i] for i in keep], [ids[i] for i in keep]
-                rows = torch.tensor(keep, device=device)
-                u = u[:, rows]
-                cache.keep_rows(rows)
+                order = cache.keep_rows(keep)
+                active, ids, u = [active[i] for i in order], [ids[i] for i in order], u[:, order]
             # 4. one pass over one new token for each row
             logits = decode_step(torch.tensor(ids, device=device), cache)
 
@@ -799,6 +821,7 @@ class Engine:
                     results[row].append(token)
                     masks[row].append(column[row])
         return results, masks
+# --- end shared ---
 
 
 # ---- the idea: the loop to beat ------------------------------------------------------------------
@@ -843,6 +866,7 @@ def largest_difference(engine, tokens, split):
 # ---- the loop ------------------------------------------------------------------------------------
 
 
+# --- shared: load-checkpoint (home: 05_engine.py) ---
 def load_checkpoint(folder, tokenizer, device):
     """(model, the contents of config.json). Weights are safetensors: loading runs no code.
 
@@ -862,14 +886,17 @@ def load_checkpoint(folder, tokenizer, device):
             f"{folder} was trained with another tokenizer: {trained_with[:12]} there, "
             f"{tokenizer.sha256[:12]} here.\n  Train it again: python edu/12_pretrain.py")
     return model.to(device).eval(), about
+# --- end shared ---
 
 
+# --- shared: byte-tokenizer (home: 05_engine.py) ---
 def byte_tokenizer():
     """A tokenizer of the 256 bytes and the special tokens, for when none has been trained."""
     encoding = tiktoken.Encoding(
         "bytes", pat_str=r"(?s:.)", mergeable_ranks={bytes([i]): i for i in range(256)},
         special_tokens={token: 256 + i for i, token in enumerate(SPECIAL_TOKENS)})
     return Tokenizer(encoding, sha256="bytes")
+# --- end shared ---
 
 
 def load_or_invent(cfg, device):

@@ -692,27 +692,9 @@ class GPT(nn.Module):
 # ---- the idea: the optimizer ---------------------------------------------------------------------
 
 
-def orthogonalize(G, steps=5, dtype=torch.float32):
-    """The nearest matrix with all singular values about 1, for each of a stack G (n, rows, cols).
-
-    Newton-Schulz: an odd polynomial pushes every singular value towards 1 without an SVD.
-    Source: nanochat/muon.py::zeropower_via_newtonschulz5, https://kellerjordan.github.io/posts/muon
-    """
-    a, b, c = 3.4445, -4.7750, 2.0315
-    X = G.to(dtype)
-    if G.size(-2) > G.size(-1):
-        X = X.mT  # X X^T on the short side
-    # The Frobenius norm bounds the largest singular value, so all of them are below 1 now.
-    X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(steps):
-        # X <- a X + (b A + c A^2) X  with  A = X X^T
-        A = X @ X.mT
-        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
-    return (X.mT if G.size(-2) > G.size(-1) else X).to(G.dtype)
-
-
+# --- shared: adamw (home: 12_pretrain.py) ---
 class Optimizer:
-    """What Muon and AdamW share: groups of parameters with their settings, and a state for each.
+    """Groups of parameters with their settings, and a state for each: what AdamW and Muon share.
 
     torch.optim.Optimizer does the same and more, but its first use imports the compiler, a second
     or more at every start of a script.
@@ -735,6 +717,55 @@ class Optimizer:
         for p, state in zip(self.state, states, strict=True):
             self.state[p] = {name: value.to(p.device) if isinstance(value, torch.Tensor) else value
                              for name, value in state.items()}
+
+
+class AdamW(Optimizer):
+    """Each weight steps by its mean gradient over its root mean square; decay apart from both.
+
+    groups: dicts of params and lr. Source: arXiv 1711.05101, algorithm 2.
+    """
+
+    def __init__(self, groups, betas=(0.8, 0.95), eps=1e-10, weight_decay=0.0):
+        super().__init__(groups, betas=betas, eps=eps, weight_decay=weight_decay)
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state.update(step=0, m=torch.zeros_like(p), v=torch.zeros_like(p))
+                state["step"] += 1
+                # m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2
+                m = state["m"].lerp_(p.grad, 1 - beta1)
+                v = state["v"].mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
+                # p <- (1 - lr wd) p - lr m^ / (sqrt(v^) + eps);  m^ = m / (1 - b1^t), v^ likewise
+                root = (v / (1 - beta2 ** state["step"])).sqrt_().add_(group["eps"])
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.addcdiv_(m, root, value=-group["lr"] / (1 - beta1 ** state["step"]))
+# --- end shared ---
+
+
+def orthogonalize(G, steps=5, dtype=torch.float32):
+    """The nearest matrix with all singular values about 1, for each of a stack G (n, rows, cols).
+
+    Newton-Schulz: an odd polynomial pushes every singular value towards 1 without an SVD.
+    Source: nanochat/muon.py::zeropower_via_newtonschulz5, https://kellerjordan.github.io/posts/muon
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    X = G.to(dtype)
+    if G.size(-2) > G.size(-1):
+        X = X.mT  # X X^T on the short side
+    # The Frobenius norm bounds the largest singular value, so all of them are below 1 now.
+    X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        # X <- a X + (b A + c A^2) X  with  A = X X^T
+        A = X @ X.mT
+        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
+    return (X.mT if G.size(-2) > G.size(-1) else X).to(G.dtype)
 
 
 class Muon(Optimizer):
@@ -769,35 +800,6 @@ class Muon(Optimizer):
                 # A tall matrix gets a larger step: its columns, not its rows, are orthonormal.
                 scale = max(1.0, rows / cols) ** 0.5
                 torch._foreach_add_(params, list(updates.unbind()), alpha=-group["lr"] * scale)
-
-
-class AdamW(Optimizer):
-    """Each weight steps by its mean gradient over its root mean square; decay apart from both.
-
-    groups: dicts of params and lr. Source: arXiv 1711.05101, algorithm 2.
-    """
-
-    def __init__(self, groups, betas=(0.8, 0.95), eps=1e-10, weight_decay=0.0):
-        super().__init__(groups, betas=betas, eps=eps, weight_decay=weight_decay)
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            beta1, beta2 = group["betas"]
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                if not state:
-                    state.update(step=0, m=torch.zeros_like(p), v=torch.zeros_like(p))
-                state["step"] += 1
-                # m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2
-                m = state["m"].lerp_(p.grad, 1 - beta1)
-                v = state["v"].mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
-                # p <- (1 - lr wd) p - lr m^ / (sqrt(v^) + eps);  m^ = m / (1 - b1^t), v^ likewise
-                root = (v / (1 - beta2 ** state["step"])).sqrt_().add_(group["eps"])
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.addcdiv_(m, root, value=-group["lr"] / (1 - beta1 ** state["step"]))
 
 
 def build_optimizers(model, cfg, dtype=torch.float32):
@@ -1051,6 +1053,7 @@ def measure_peak_flops(device, dtype, n=1024, seconds=0.2):
     return 2 * n**3 / best
 
 
+# --- shared: stopping (home: 12_pretrain.py) ---
 class StopRequest:
     """Ctrl-C or SIGTERM asks the loop to stop at the end of a step, where all state is whole."""
 
@@ -1069,6 +1072,27 @@ class StopRequest:
             signal.signal(signum, handler)
 
 
+def agree(value, device, ddp):
+    """The largest value over the ranks: all must stop, and schedule, at the same step."""
+    if not ddp:
+        return value
+    tensor = torch.tensor(value, dtype=torch.float64 if device.type == "cpu" else torch.float32,
+                          device=device)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tensor.item()
+
+
+class TrainingFailed(Exception):
+    """The run cannot go on (a loss that is not a number); exit code 1."""
+# --- end shared ---
+
+
+# --- shared: save-checkpoint (home: 12_pretrain.py) ---
+def plain_config(cfg):
+    """The Config as a dict of str, int, float and bool, which weights_only=True will load."""
+    return {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(cfg).items()}
+
+
 def save_checkpoint(folder, model, tokenizer, step, metrics, config):
     """Write folder/model.safetensors and folder/config.json: weights, and all that explains them.
 
@@ -1084,8 +1108,10 @@ def save_checkpoint(folder, model, tokenizer, step, metrics, config):
         save_file(weights, temporary)
     with atomic_write(folder / "config.json") as temporary:
         temporary.write_text(json.dumps(about, indent=2, default=str), encoding="utf-8")
+# --- end shared ---
 
 
+# --- shared: metrics (home: 12_pretrain.py) ---
 class MetricsLog:
     """metrics.jsonl, and the same scalars as TensorBoard events; rows after `step` are dropped."""
 
@@ -1121,6 +1147,7 @@ def read_metrics(path):
         with contextlib.suppress(json.JSONDecodeError):
             rows.append(json.loads(line))
     return rows
+# --- end shared ---
 
 
 def plot_loss(rows, ladder, path):
@@ -1197,11 +1224,6 @@ def load_resume(folder, cfg, tokenizer):
                         f"{', '.join(changed)}.\n  Use the same ones, or start over without "
                         "--resume.")
     return state
-
-
-def plain_config(cfg):
-    """The Config as a dict of str, int, float and bool, which weights_only=True will load."""
-    return {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(cfg).items()}
 
 
 def train(cfg):
@@ -1369,20 +1391,6 @@ def train(cfg):
         print("next: python edu/05_engine.py")
     compute_cleanup()
     return {"step": step, "val_bpb": val_bpb, "ladder": ladder, "rows": rows}
-
-
-class TrainingFailed(Exception):
-    """The run cannot go on (a loss that is not a number); exit code 1."""
-
-
-def agree(value, device, ddp):
-    """The largest value over the ranks: all must stop, and schedule, at the same step."""
-    if not ddp:
-        return value
-    tensor = torch.tensor(value, dtype=torch.float64 if device.type == "cpu" else torch.float32,
-                          device=device)
-    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-    return tensor.item()
 
 
 def ladder_tokens(shards, tokenizer, max_chars=4_000_000):
