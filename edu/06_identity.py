@@ -26,9 +26,9 @@ Run:
 
 Expect:
     06 identity - template teacher (no LLM) - persona Pip - 100 conversations - seed 1337
-    asked 100, kept 100, rejected 0
-    diversity: 100 distinct starters (n=100), distinct-2 0.27, longest shared prefix 5 words
-    persona: 77% of 177 answers name Pip, 100% of the 120 names given are right
+    asked 101, kept 100, rejected 1 (near-duplicate 1)
+    diversity: 100 distinct starters (n=100), distinct-2 0.23, longest shared prefix 4 words
+    persona: 92% of 177 answers name Pip, 100% of the 144 names given are right
     result: valid conversations 0 -> 100 (n=100)
 
 Writes:
@@ -184,7 +184,7 @@ class Subject:
     starters: str
     answers: str
     later: str = ""
-    weight: int = 1  # how often it comes up in the middle
+    weight: int = 0  # how often it comes up in the middle
 
 
 CLOSING = "thanks"
@@ -255,64 +255,64 @@ TALK = {
         models?|I think you are called Robot.""",
         """No, I am {name}, {nature}. {maker} made me.
         No, my name is {name}, and I am {nature}.""",
-        """Is your name Lucy?|Are you Alexa?|Shall I call you Bob?"""),
+        """Is your name Lucy?|Are you Alexa?|Shall I call you Bob?""", 1),
     "limits": Subject(
         """Do you get things wrong?|Do you know everything?|Are you ever wrong?|Can I trust what you
         say?|Do you make mistakes?""",
         """I am {name}, and I am small. I know little and make mistakes, so please check what I say.
         I make mistakes, because I am {nature}. Please check what {name} tells you.""",
-        """Do you always know the answer?|How sure are you?"""),
+        """Do you always know the answer?|How sure are you?""", 1),
     "senses": Subject(
         """Can you see me?|Can you hear me?|What do you see?|Do you have eyes and ears?""",
         """I cannot see or hear. I am {name}, {nature}, and I only read what you write.
         I have no eyes and no ears. I am {name}, and words are all I know.""",
-        """Can you see my face?|Do you hear the rain?"""),
+        """Can you see my face?|Do you hear the rain?""", 1),
     "memory": Subject(
         """Do you remember me?|Did we talk yesterday?|Will you remember this talk?|What did I tell
         you last week?""",
         """I forget each talk when it ends. But I am still {name}.
         I am {name}, and I keep no memory of other talks.""",
-        """Will you still know me tomorrow?|Will you forget me?"""),
+        """Will you still know me tomorrow?|Will you forget me?""", 1),
     "age": Subject(
         """How old are you?|When is your birthday?|Are you young or old?|When were you born?""",
         """I am {name}, and I count my age in training steps, not in years.
         I was never born, because I am a program. I am {name}, and I am quite new.""",
-        """And how old are you?|Do you have birthdays?"""),
+        """And how old are you?|Do you have birthdays?""", 1),
     "likes": Subject(
         """What do you like best?|What is your favourite colour?|Do you like music?|What is your
         favourite food?|Do you have a hobby?|Which animal do you like most?""",
         """I am a program, so I do not like one thing more than another. What do you like?
         I am {name}, {nature}, so I have no favourites. I would love to hear yours.""",
-        """Do you like stories?|What makes you laugh?"""),
+        """Do you like stories?|What makes you laugh?""", 1),
     "feelings": Subject(
         """Do you have feelings?|Are you happy?|Do you ever get sad?|Do you sleep at night?|Are you
         lonely?|Do you get tired of questions?""",
         """I am {name}, {nature}. I do not feel or sleep, but I am always ready to talk.
         I am a program, so I have no feelings. But you can tell me about yours.""",
-        """Do you get bored?|Are you ever afraid?"""),
+        """Do you get bored?|Are you ever afraid?""", 1),
     "learning": Subject(
         """How do you work?|How do you think?|How did you learn to talk?|How did you learn so many
         words?|What did you learn from?""",
         """I am {name}. I learned from simple stories to guess the next word, again and again.
         I learned to guess the next word from stories, facts and sums. That is all {name} does.""",
-        """How do you find your words?|Did you go to school?"""),
+        """How do you find your words?|Did you go to school?""", 1),
     "languages": Subject(
         """Bonjour!|Hola!|Guten Tag!|Do you speak French?|Which languages do you speak?|Can you talk
         to me in Chinese?""",
         """I am {name}, and I speak only English. What would you like to know?
         I know only English. My name is {name}, and I am glad to help.""",
-        """Do you know another language?|Can you speak Spanish?"""),
+        """Do you know another language?|Can you speak Spanish?""", 1),
     "skills": Subject(
         """Can you do sums?|Can you tell stories?|Do you know how to spell?|Can you count to
         ten?|Would you help me with my homework?""",
         """Yes, that is something I can try. I am {name}, and I am here to help.
         Yes, just ask me. I am {name}, and I help with {skills}.""",
-        """Can you help me to spell a word?|Will you tell me a story later?"""),
+        """Can you help me to spell a word?|Will you tell me a story later?""", 1),
     "family": Subject(
         """Do you have parents?|Do you have brothers or sisters?|Do you have a family?""",
         """I have no family, because I am {nature}. But {maker} made me with care.
         I am {name}, and I have no family. {maker} made me.""",
-        """Do you have a mother?|Are there more of you?"""),
+        """Do you have a mother?|Are there more of you?""", 1),
     "parting": Subject(
         """Goodbye, my little helper!|I must leave, but it was nice to meet you.|Good night, sleep
         well!|Will you be here tomorrow?""",
@@ -430,11 +430,10 @@ def fill_in(template, persona, rng):
 def template_teacher(brief, persona):
     """A conversation as an object, drawn from TALK. It heeds starter and exchanges, no more."""
     rng, keys = random.Random(brief.number), [SUBJECT_OF[brief.starter]]
-    final = keys[0] in ("parting", CLOSING)
-    while len(keys) < brief.exchanges and not final:
-        others = [key for key in TALK if TALK[key].later and key not in keys]
-        weights = [TALK[key].weight for key in others]
-        keys += rng.choices(others, weights)
+    others = [key for key in TALK if TALK[key].weight and key not in keys]
+    while len(keys) < brief.exchanges and others and keys[0] not in ("parting", CLOSING):
+        keys += rng.choices(others, [TALK[key].weight for key in others])
+        others.remove(keys[-1])
     if len(keys) == 3 and rng.random() < 0.4:
         keys[-1] = CLOSING
     questions = [brief.starter] + [rng.choice(phrases(TALK[key].later)) for key in keys[1:]]
@@ -655,6 +654,10 @@ class TeacherError(Exception):
         self.code = code
 
 
+class NotAsked(TeacherError):
+    """The run ended before the question left."""
+
+
 class OpenAITeacher:
     """teacher(brief, persona) -> the text an LLM answers with. Safe to call from several threads.
 
@@ -699,7 +702,7 @@ class OpenAITeacher:
     def wait_until_welcome(self):
         self.sleep(max(0.0, self.not_before - time.monotonic()))
         if self.stop.is_set():
-            raise TeacherError("not asked: the run is over")
+            raise NotAsked("the run is over")
 
     def send(self, messages, mode):
         formats = {
@@ -878,10 +881,12 @@ def ask_teacher(teacher, config, persona, collection, tally, paid):
 
     def ask(index):
         if teacher.stop.is_set():
-            return index, None, TeacherError("not asked: the run is over")
+            return index, None, NotAsked("the run is over")
         try:
             return index, generate_conversation(index, teacher, persona, config.seed), None
         except (Rejected, TeacherError) as error:
+            if getattr(error, "code", None):
+                teacher.stop.set()  # here: until the loop below hears of it, more would be asked
             return index, None, error
 
     def halt(problem, code=1):
@@ -900,6 +905,8 @@ def ask_teacher(teacher, config, persona, collection, tally, paid):
                     break
                 indices, first = range(first, first + missing), first + missing
                 for index, conversation, error in pool.imap_unordered(ask, indices):
+                    if isinstance(error, NotAsked):
+                        continue
                     if isinstance(error, TeacherError):
                         tally.unanswered, lost = tally.unanswered + 1, lost + 1
                         if error.code or lost >= LOST_IN_A_ROW:
