@@ -69,7 +69,7 @@ class Config:
     """same seed, same bytes"""
     size_mb: float = 14.0
     """size of the corpus in MB of text, at least 1"""
-    num_chats: int = 6000
+    num_chats: int = 8000
     """training chats; a tenth as many again are held out"""
     num_problems: int = 6000
     """training word problems; a sixth as many again are held out"""
@@ -209,6 +209,7 @@ class Relation:
     rows      "a=b" or "a=b/c", separated by commas (or a list of tuples)
     say       clauses without capital and full stop; the first is the plain one and the usual answer
     ask       questions; one that names {b} asks back for {a}
+    chat_ask  more questions for the training chats, such as only a chat would hold
     held_say  clauses kept for evaluation, ending in {b}: in no corpus and no training chat
     held_ask  questions kept for the test chats
     key       what a right answer must contain
@@ -222,6 +223,7 @@ class Relation:
     ask: tuple
     held_say: tuple
     held_ask: tuple
+    chat_ask: tuple = ()
     key: str = "{b}"
     choices: bool = True
     avoid: str = ""
@@ -306,6 +308,8 @@ FACTS = [
              "what is the capital city of {a}?",
              "[can you tell me|do you know] the capital of {a}?",
              "{b} is the capital of which country?"),
+        chat_ask=("tell me the capital of {a}.", "I want to know the capital of {a}.",
+                  "I am going to {a}. what is the capital there?"),
         held_say=("the city that we call the capital of {a} is {b}",
                   "when people in {a} talk about their capital, they mean {b}"),
         held_ask=("I forgot the capital of {a}. which city is it?",
@@ -316,6 +320,7 @@ FACTS = [
              "if you go to {a}, you are in {b}", "one of the countries in {b} is {a}"),
         ask=("where is {a}?", "on which continent is {a}?", "which continent is {a} in?",
              "do you know where {a} is?", "in which part of the world is {a}?"),
+        chat_ask=("tell me where {a} is.", "I want to find {a} on the map. where do I look?"),
         held_say=("on a map of the world you can find {a} in {b}",),
         held_ask=("can you tell me which continent {a} is on?",
                   "I am looking for {a}. where is it?")),
@@ -326,6 +331,8 @@ FACTS = [
              "if you live in {a}, you [hear|speak] {b} every day"),
         ask=("which language do people speak in {a}?", "what do people speak in {a}?",
              "what is the language of {a}?", "do you know which language people in {a} speak?"),
+        chat_ask=("tell me what people speak in {a}.",
+                  "I am going to {a}. what do the people there speak?"),
         held_say=("when the people of {a} talk, they talk in {b}",),
         held_ask=("I want to travel to {a}. which language do people speak there?",
                   "what language will I hear in {a}?"),
@@ -345,6 +352,8 @@ FACTS = [
              "we all know that {a} is {b}", "if you look at {a}, you see that it is {b}"),
         ask=("what colour is {a}?", "which colour is {a}?", "what is the colour of {a}?",
              "do you know the colour of {a}?", "can you tell me what colour {a} is?"),
+        chat_ask=("tell me what colour {a} is.", "I cannot remember the colour of {a}.",
+                  "I am drawing {a}. which colour do I take?"),
         held_say=("if you paint a picture of {a}, paint it {b}",),
         held_ask=("I want to paint {a}. which colour do I need?",
                   "please tell me the colour of {a}."),
@@ -357,6 +366,8 @@ FACTS = [
              "a {a} can {b}", "if it {b.s}, it may well be a {a}"),
         ask=("what sound does a {a} make?", "what noise do {a.s} make?", "which animal {b.s}?",
              "do you know what sound a {a} makes?", "what does a {a} do when it makes a noise?"),
+        chat_ask=("tell me what sound a {a} makes.",
+                  "there is a {a} outside. what noise will it make?"),
         held_say=("when a {a} wants to be heard, it begins to {b}",),
         held_ask=("can you tell me what noise a {a} makes?", "I hear a {a}. what sound is it?"),
         avoid="dog=howl, wolf=bark, cat=hiss, goose=hiss, pig=squeak, turkey=cluck, hen=squawk"),
@@ -380,6 +391,8 @@ FACTS = [
              "count the {c}: {a} has {b}"),
         ask=("how many {c} does {a} have?", "how many {c} has {a} got?",
              "do you know how many {c} {a} has?", "what is the number of {c} that {a} has?"),
+        chat_ask=("tell me how many {c} {a} has.",
+                  "I want to count the {c} of {a}. how many are there?"),
         held_say=("when you count the {c} of {a}, the answer is {b}",),
         held_ask=("can you tell me how many {c} {a} has?",
                   "I want to draw {a}. how many {c} do I have to draw?"),
@@ -391,6 +404,8 @@ FACTS = [
              'the words "{a}" and "{b}" are opposites'),
         ask=("what is the opposite of {a}?", "which word is the opposite of {a}?",
              'what is the opposite of the word {a}?', "do you know the opposite of {a}?"),
+        chat_ask=("tell me the opposite of {a}.",
+                  "I am looking for the opposite of {a}. which word is it?"),
         held_say=("the word that means the opposite of {a} is {b}",),
         held_ask=("please tell me the opposite of {a}.", "I need the opposite of {a}. what is it?"),
         avoid="wide=thin, narrow=thick, low=short, high=short, bad=happy, good=sad, first=bottom"),
@@ -405,6 +420,7 @@ FACTS = [
              "we say one {a}, but two {b}", "if there is more than one {a}, we say {b}"),
         ask=("what is the plural of {a}?", 'what is the plural of the word {a}?',
              "what do you call more than one {a}?", "one {a}, but two what?"),
+        chat_ask=("tell me the plural of {a}.", "I have more than one {a}. which word do I use?"),
         held_say=("the word for more than one {a} is {b}",),
         held_ask=("please tell me the plural of {a}.", "what is the word for more than one {a}?")),
     Relation(
@@ -413,6 +429,7 @@ FACTS = [
              "{a} is followed by {b}"),
         ask=("which {c} comes after {a}?", "what comes after {a}?", "what is the {c} after {a}?",
              "do you know which {c} comes after {a}?", "which {c} follows {a}?"),
+        chat_ask=("tell me which {c} comes after {a}.", "I want to know the {c} after {a}."),
         held_say=("the next {c} after {a} is {b}",),
         held_ask=("can you tell me the next {c} after {a}?", "what is the {c} that follows {a}?")),
     Relation(
@@ -421,6 +438,7 @@ FACTS = [
              "just before {a} comes {b}", "{b} is the {c} before {a}"),
         ask=("which {c} comes before {a}?", "what comes before {a}?", "what is the {c} before {a}?",
              "do you know which {c} comes before {a}?"),
+        chat_ask=("tell me which {c} comes before {a}.", "I want to know the {c} before {a}."),
         held_say=("the {c} that comes just before {a} is {b}",),
         held_ask=("can you tell me the {c} before {a}?", "which {c} do we have just before {a}?")),
     Relation(
@@ -432,6 +450,8 @@ FACTS = [
              "the baby of a {a} is a {b}", "we call a baby {a} a {b}"),
         ask=("what is a baby {a} called?", "what do you call a baby {a}?",
              "what is a young {a} called?", "do you know what a baby {a} is called?"),
+        chat_ask=("tell me what a baby {a} is called.",
+                  "there is a {a} with its young. what do we call the young one?"),
         held_say=("the name for a baby {a} is {b}",),
         held_ask=("what is the name for a baby {a}?",
                   "I saw a {a} with its baby. what is the baby called?"),
@@ -447,6 +467,7 @@ FACTS = [
              "{a.s} make their home {b}", "you can find a {a} {b}"),
         ask=("where does a {a} live?", "where do {a.s} live?", "where is the home of a {a}?",
              "where can you find a {a}?"),
+        chat_ask=("tell me where a {a} lives.", "I want to see a {a}. where do I have to go?"),
         held_say=("if you look for a {a}, look {b}",),
         held_ask=("can you tell me where a {a} lives?",
                   "I am looking for a {a}. where does it live?"),
@@ -470,6 +491,7 @@ FACTS = [
         say=("{a} is a {b}", "one example of a {b} is {a}", "everyone can see that {a} is a {b}",
              "we say that {a} is a {b}"),
         ask=("what is {a}?", "what kind of thing is {a}?", "do you know what {a} is?"),
+        chat_ask=("tell me what {a} is.", "I have never heard of {a}. what is it?"),
         held_say=("the word for things like {a} is {b}",),
         held_ask=("can you tell me what {a} is?", "please tell me what {a} is.")),
     Relation(
@@ -486,6 +508,7 @@ FACTS = [
              "to make {a}, people use {b}"),
         ask=("what is {a} made {c}?", "what do people use to make {a}?",
              "do you know what {a} is made {c}?", "what do you need to make {a}?"),
+        chat_ask=("tell me what {a} is made {c}.", "I would like to make {a}. what do I use?"),
         held_say=("if you ask what {a} is made {c}, the answer is {b}",),
         held_ask=("can you tell me what {a} is made {c}?", "I want to make {a}. what do I need?"),
         choices=False),
@@ -496,6 +519,7 @@ FACTS = [
         say=("we get {a} from {b}", "{b} give us {a}",
              "people get {a} from {b}", "we have {b} to thank for {a}"),
         ask=("where do we get {a} from?", "what gives us {a}?", "where do people get {a} from?"),
+        chat_ask=("tell me where we get {a} from.", "I want to know where people get {a} from."),
         held_say=("if you ask where people get {a}, the answer is {b}",),
         held_ask=("can you tell me where we get {a} from?",), choices=False),
     Relation(
@@ -510,6 +534,7 @@ FACTS = [
              "with {b}, you can {a}"),
         ask=("what do you use to {a}?", "what do you need to {a}?", "what do people use to {a}?",
              "how can you {a}?"),
+        chat_ask=("tell me how to {a}.", "I have to {a}. what do I use?"),
         held_say=("if you want to {a}, it is best to use {b}",),
         held_ask=("I want to {a}. what do I need?", "can you tell me what people use to {a}?"),
         choices=False),
@@ -519,6 +544,7 @@ FACTS = [
              "you use your {b} to {a}"),
         ask=("what do we {a} with?", "what do you use to {a}?",
              "which part of the body do we {a} with?"),
+        chat_ask=("tell me what we {a} with.",),
         held_say=("if you want to {a}, you have to use your {b}",),
         held_ask=("can you tell me what we {a} with?",)),
     Relation(
@@ -534,6 +560,7 @@ FACTS = [
              "if somebody {b}, [it may be|that may be|you may be looking at] a {a}"),
         ask=("what does a {a} do?", "who {b}?", "what is the work of a {a}?",
              "do you know what a {a} does?", "what do we call a person who {b}?"),
+        chat_ask=("tell me what a {a} does.", "my aunt is a {a}. what does a {a} do?"),
         held_say=("it is well known that a good {a} {b}",),
         held_ask=("can you tell me what a {a} does?", "I want to be a {a}. what does a {a} do?"),
         avoid="farmer=looks after sheep, farmer=keeps bees, builder=makes things from wood"),
@@ -553,6 +580,7 @@ FACTS = [
         say=("the {a} is {b}", "{b} is the {a}", "[our|my|the] book says that the {a} is {b}",
              "[I|we] have learned that the {a} is {b}"),
         ask=("what is the {a}?", "do you know the {a}?", "can you tell me the {a}?"),
+        chat_ask=("tell me the {a}.", "I want to know the {a}."),
         held_say=("if you ask for the {a}, the answer is {b}",),
         held_ask=("please name the {a}.", "I forgot the {a}. what is it?"),
         avoid="tallest animal in the world=the blue whale"),
@@ -563,6 +591,7 @@ FACTS = [
             are shortest=winter, the nights are longest=winter""",
         say=("{a} in {b}", "in {b}, {a}", "when it is {b}, {a}", "{b} is the season when {a}"),
         ask=("in which season is it that {a}?", "which is the season when {a}?"),
+        chat_ask=("tell me the season when {a}.", "do you know in which season {a}?"),
         held_say=("the time of the year when {a} is {b}",),
         held_ask=("can you tell me in which season {a}?",)),
 ]
@@ -574,6 +603,8 @@ SUMS = [
              "if you add {c} to {a}, you get {b}", "{a} plus {c} makes {b}"),
         ask=("what is {a} + {c}?", "what is {a} plus {c}?", "how much is {a} plus {c}?",
              "do you know what {a} and {c} make?", "how much is {a} + {c}?"),
+        chat_ask=("tell me what {a} plus {c} is.",
+                  "I have {a} and get {c} more. what does that make?"),
         held_say=("the sum of {a} and {c} is {b}",),
         held_ask=("can you tell me how much {a} plus {c} is?", "please add {c} to {a}.")),
     Relation(
@@ -582,12 +613,14 @@ SUMS = [
              "if you take {c} from {a}, you get {b}", "{a} minus {c} leaves {b}"),
         ask=("what is {a} - {c}?", "what is {a} minus {c}?", "how much is {a} minus {c}?",
              "do you know what {a} take away {c} is?", "how much is {a} - {c}?"),
+        chat_ask=("tell me what {a} minus {c} is.", "I have {a} and give away {c}. what is left?"),
         held_say=("when we take away {c} from {a}, the number that is left is {b}",),
         held_ask=("can you tell me how much {a} minus {c} is?", "please take {c} from {a}.")),
     Relation(
         "times", [(a, a * c, c) for a in range(2, 13) for c in range(1, 11)],
         say=("{a} x {c} = {b}", "{a} times {c} is {b}", "{a} times {c} makes {b}"),
         ask=("what is {a} x {c}?", "what is {a} times {c}?", "how much is {a} times {c}?"),
+        chat_ask=("tell me what {a} times {c} is.", "do you know how much {a} x {c} is?"),
         held_say=("when we count {a} groups of {c}, the number we get is {b}",),
         held_ask=("can you tell me how much {a} times {c} is?",)),
     Relation(
@@ -595,6 +628,7 @@ SUMS = [
         say=("{a} / {c} = {b}", "{a} divided by {c} is {b}"),
         ask=("what is {a} / {c}?", "what is {a} divided by {c}?",
              "how much is {a} divided by {c}?"),
+        chat_ask=("tell me what {a} divided by {c} is.", "do you know how much {a} / {c} is?"),
         held_say=("when {a} is split into {c} equal parts, each part is {b}",),
         held_ask=("can you tell me how much {a} divided by {c} is?",)),
 ]
@@ -2393,8 +2427,22 @@ SHORT_STORIES = [
 ]
 
 
+# Words around a question, in training only: the question matters, and not how it is led up to.
+LEAD_UPS = ("Hello! {q}", "I have a question. {q}", "Here is a question: {q}",
+            "Please help me. {q}", "{q} I have forgotten.", "{q} I would like to know.",
+            "One more question: {q}", "Excuse me. {q}", "My friend wants to know: {q}", "Answer this, please: {q}",
+            "I am curious. {q}", "Quick! {q}")
+
+
 def exchange(w, kind, held):
     """(question, reply, what a right reply must hold); held takes the test's phrasings."""
+    question, reply, answer = plain_exchange(w, kind, held)
+    if not held and kind in ("fact", "sum", "spell", "count") and w.chance(0.4):
+        question = w.one(LEAD_UPS).replace("{q}", question)
+    return question, reply, answer
+
+
+def plain_exchange(w, kind, held):
     side = int(held)
 
     def ask(prompts, **slots):
@@ -2402,8 +2450,9 @@ def exchange(w, kind, held):
 
     if kind in ("fact", "sum"):
         fact = (w.facts if kind == "fact" else w.sums).deal()
-        template = w.one(fact.relation.held_ask if held else fact.relation.ask)
-        key = "{a}" if "{b" in template and "{a" not in template else fact.relation.key
+        relation = fact.relation
+        template = w.one(relation.held_ask if held else relation.ask + relation.chat_ask)
+        key = "{a}" if "{b" in template and "{a" not in template else relation.key
         return (w.tell(template, fact.slots), polish(w.answer(fact) + "."),
                 w.tell(key, fact.slots, clean=False))
     if kind == "small talk":

@@ -81,10 +81,10 @@ class Config:
     """How often an epoch shows each conversation of my_identity.jsonl: there are few of them."""
     calculator_share: float = 0.2
     """Share of the word problems that are shown with the calculator; the others in the head."""
-    max_rows: int = 0
-    """Conversations of each kind at most; 0 takes all."""
+    max_problems: int = 3000
+    """Word problems at most: they show the form here; 10_rl.py teaches to solve them."""
     # the horizon
-    num_epochs: float = 1.0
+    num_epochs: float = 2.0
     """Times through the data."""
     # the batch
     device_batch_size: int = 32
@@ -92,10 +92,12 @@ class Config:
     rows_per_step: int = 32
     """Conversations in one optimizer step, over all ranks and accumulation steps."""
     # the optimizer
-    lr: float = 1e-3
-    """AdamW, for every weight but the embedding."""
-    embedding_lr: float = 1e-2
-    """AdamW, for the embedding: few rows of it have a gradient in a step."""
+    matrix_lr: float = 0.012
+    """Muon, for the matrices inside the blocks: about half of what pretraining took."""
+    embedding_lr: float = 0.1
+    """AdamW, for the embedding, times sqrt(768 / C)."""
+    unembedding_lr: float = 0.002
+    """AdamW, for the head, times sqrt(768 / C)."""
     warmup_ratio: float = 0.05
     """Share of the run over which the learning rate rises; from there it falls to 0 in a line."""
     # looking at the run
@@ -1085,6 +1087,76 @@ class AdamW(Optimizer):
 # --- end shared ---
 
 
+# --- shared: muon (home: 12_pretrain.py) ---
+def orthogonalize(G, steps=5, dtype=torch.float32):
+    """The nearest matrix with all singular values about 1, for each of a stack G (n, rows, cols).
+
+    Newton-Schulz: an odd polynomial pushes every singular value towards 1 without an SVD.
+    Source: nanochat/muon.py::zeropower_via_newtonschulz5, https://kellerjordan.github.io/posts/muon
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    X = G.to(dtype)
+    if G.size(-2) > G.size(-1):
+        X = X.mT  # X X^T on the short side
+    # The Frobenius norm bounds the largest singular value, so all of them are below 1 now.
+    X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        # X <- a X + (b A + c A^2) X  with  A = X X^T
+        A = X @ X.mT
+        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
+    return (X.mT if G.size(-2) > G.size(-1) else X).to(G.dtype)
+
+
+class Muon(Optimizer):
+    """Momentum, orthogonalised: every direction of a weight matrix is stepped by the same amount.
+
+    params: 2-d parameters. Matrices of one shape are stacked and orthogonalised together. Every
+    rank holds the same averaged gradients and so takes the same step; nothing is sent from here.
+    dtype: of the Newton-Schulz products; torch.optim.Muon insists on bfloat16, which is a hundred
+    times slower than float32 where the hardware does not multiply it.
+    Source: nanochat/muon.py::Muon.
+    """
+
+    def __init__(self, params, lr=0.02, momentum=0.95, dtype=torch.float32):
+        super().__init__([{"params": params}], lr=lr, momentum=momentum)
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            by_shape = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    by_shape.setdefault(p.shape, []).append(p)
+            for (rows, cols), params in by_shape.items():
+                moments = [self.state[p].setdefault("momentum", torch.zeros_like(p))
+                           for p in params]
+                grads = [p.grad for p in params]
+                # m <- mu m + (1 - mu) g;  u = orthogonal((1 - mu) g + mu m)   (Nesterov)
+                torch._foreach_lerp_(moments, grads, 1 - group["momentum"])
+                updates = torch._foreach_lerp(grads, moments, group["momentum"])
+                updates = orthogonalize(torch.stack(updates), dtype=self.dtype)
+                # A tall matrix gets a larger step: its columns, not its rows, are orthonormal.
+                scale = max(1.0, rows / cols) ** 0.5
+                torch._foreach_add_(params, list(updates.unbind()), alpha=-group["lr"] * scale)
+
+
+def build_optimizers(model, cfg, dtype=torch.float32):
+    """[AdamW for the embedding and the head, Muon for the matrices of the blocks].
+
+    Source: nanochat/gpt.py::GPT.setup_optimizers.
+    """
+    scale = (model.config.n_embd / 768) ** -0.5
+    adamw = AdamW([{"params": [model.lm_head.weight], "lr": cfg.unembedding_lr * scale},
+                   {"params": [model.transformer.wte.weight], "lr": cfg.embedding_lr * scale}])
+    muon = Muon(model.transformer.h.parameters(), lr=cfg.matrix_lr, dtype=dtype)
+    for optimizer in (adamw, muon):
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
+    return [adamw, muon]
+# --- end shared ---
+
+
 # --- shared: stopping (home: 12_pretrain.py) ---
 class StopRequest:
     """Ctrl-C or SIGTERM asks the loop to stop at the end of a step, where all state is whole."""
@@ -1337,8 +1409,8 @@ def training_rows(cfg, tokenizer, max_tokens):
         if repeats < 1 or not (cfg.data_dir / name).exists():
             continue
         conversations = read_conversations(cfg.data_dir / name)
-        conversations = conversations[: cfg.max_rows or len(conversations)]
         if "gsm" in name:
+            conversations = conversations[: cfg.max_problems]
             shown = torch.rand(len(conversations), generator=generator) < cfg.calculator_share
             conversations = [row if with_tool else {"messages": in_the_head(row["messages"])}
                              for row, with_tool in zip(conversations, shown)]
@@ -1361,17 +1433,6 @@ def validation_loss(model, rows, batch_size, dtype):
         inputs, targets = (tensor.to(device) for tensor in collate(rows[i : i + batch_size]))
         loss += sft_loss(model, inputs, targets, total, dtype).item()
     return loss
-
-
-def build_adamw(model, cfg):
-    """AdamW for all weights; the embedding has its own learning rate."""
-    embedding = model.transformer.wte.weight
-    others = [p for p in model.parameters() if p is not embedding]
-    groups = [{"params": others, "lr": cfg.lr}, {"params": [embedding], "lr": cfg.embedding_lr}]
-    optimizer = AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
-    for group in optimizer.param_groups:
-        group["initial_lr"] = group["lr"]
-    return optimizer
 
 
 # What a resumed run may change without becoming another run.
@@ -1460,7 +1521,7 @@ def train(cfg):
     val = read_conversations(val_path) if val_path.exists() else []
     val_rows, _ = render_rows(val[: cfg.eval_rows], tokenizer, max_tokens)
     steps = plan_steps([len(ids) for ids, _ in rows], cfg.rows_per_step, cfg.num_epochs, cfg.seed)
-    optimizer, engine = build_adamw(model, cfg), Engine(model, tokenizer)
+    optimizers, engine = build_optimizers(model, cfg, dtype), Engine(model, tokenizer)
 
     # 2. what it can do before, and where an interrupted run had come to
     fingerprint = run_fingerprint(rows, tokenizer, model)
@@ -1469,7 +1530,8 @@ def train(cfg):
     before, first, best = {}, 0, (math.inf, 0)
     if resumed:
         model.load_state_dict(resumed["model"])
-        optimizer.load_state_dict(resumed["optimizer"])
+        for optimizer, states in zip(optimizers, resumed["optimizers"]):
+            optimizer.load_state_dict(states)
         first, best = resumed["step"], tuple(resumed["best"])
         before = {what: tuple(row) for what, row in resumed["before"].items()}
         print0(f"resumed at step {first} of {len(steps)}")
@@ -1481,7 +1543,8 @@ def train(cfg):
             return
         with atomic_write(folder / "resume.pt") as temporary:
             torch.save({"step": step, "model": model.state_dict(), "best": list(best),
-                        "optimizer": optimizer.state_dict(), "config": plain_config(cfg),
+                        "optimizers": [o.state_dict() for o in optimizers],
+                        "config": plain_config(cfg),
                         "before": {what: list(row) for what, row in before.items()},
                         "fingerprint": fingerprint}, temporary)
         save_checkpoint(folder, model, tokenizer, step, {"val_loss": val_loss}, cfg)
@@ -1508,12 +1571,13 @@ def train(cfg):
                 raise TrainingFailed(
                     f"loss {loss} and gradient norm {norm_of_all} at step {step}: the run has "
                     f"diverged.\n  The last checkpoint stays in {folder}. Lower the learning rate, "
-                    f"for example --lr {cfg.lr / 3:g}.")
+                    f"for example --matrix-lr {cfg.matrix_lr / 3:g}.")
             lr_scale = lr_scale_at((step + 1) / (len(steps) + 1), cfg.warmup_ratio)
-            for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * lr_scale
-            optimizer.step()
-            optimizer.zero_grad()
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = group["initial_lr"] * lr_scale
+                optimizer.step()
+                optimizer.zero_grad()
             step, tokens = step + 1, tokens + sum(len(ids) for ids, _ in chosen)
             bar.update()
 

@@ -749,6 +749,7 @@ class AdamW(Optimizer):
 # --- end shared ---
 
 
+# --- shared: muon (home: 12_pretrain.py) ---
 def orthogonalize(G, steps=5, dtype=torch.float32):
     """The nearest matrix with all singular values about 1, for each of a stack G (n, rows, cols).
 
@@ -815,6 +816,7 @@ def build_optimizers(model, cfg, dtype=torch.float32):
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
     return [adamw, muon]
+# --- end shared ---
 
 
 def lr_multiplier(progress, cfg):
