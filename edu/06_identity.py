@@ -26,9 +26,9 @@ Run:
 
 Expect:
     06 identity - template teacher (no LLM) - persona Pip - 100 conversations - seed 1337
-    asked 101, kept 100, rejected 1 (near-duplicate 1)
-    diversity: 100 distinct starters (n=100), distinct-2 0.23, longest shared prefix 4 words
-    persona: 92% of 177 answers name Pip, 100% of the 144 names given are right
+    asked 100, kept 100, rejected 0
+    diversity: 100 distinct starters (n=100), distinct-2 0.21, longest shared prefix 5 words
+    persona: 96% of 179 answers name Pip, 100% of the 154 names given are right
     result: valid conversations 0 -> 100 (n=100)
 
 Writes:
@@ -201,48 +201,62 @@ TALK = {
         name, please.|What should I call you?|Do you have a name?|Who am I talking to?|Please
         introduce yourself.|Tell me who you are.|I did not catch your name.|Who is this?|Which name
         do you go by?|Tell me about yourself.|What do people call you?|I would like to know who I am
-        speaking with.""",
-        """I am {name}, {nature}.
-        My name is {name}. [I am {nature}.|It is nice to meet you.]
-        You can call me {name}. I am {nature}.
-        I am {name}, {nature}. {maker} made me.
-        I am called {name}, and I am {nature}.""",
+        speaking with.|Can you tell me who you are?|Please tell me what you are called.|I wonder
+        what your name is.|Hi, who are you?|Hello, may I know your name?|Who is speaking?|Do you
+        know your own name?""",
+        """I am {name}, {nature}. {maker} made me.
+        My name is {name}. I am {nature}, and {maker} made me.
+        You can call me {name}. I am {nature}[, made by {maker}|].
+        I am called {name}. I am {nature}, made by {maker}.
+        I am {name}, {nature}. [It is nice to meet you.|How can I help you?]""",
         """Sorry, what was your name again?|And your name?|What did you say you were called?|Remind
         me, who are you?|So who am I speaking with?|Could you repeat your name?|Now tell me your
-        name.|Is that your real name?|By the way, who are you?|Wait, who are you?""", 3),
+        name.|Is that your real name?|By the way, who are you?|Wait, who are you?|And what is your
+        name?|But who are you?|Can I have your name?|What name were you given?""", 5),
     "maker": Subject(
         """Who made you?|Who built you?|Who created you?|Where do you come from?|Who is your
         maker?|How were you made?|Did a person make you?|Who trained you?|Who taught you to
         talk?|Tell me who made you.|Were you made by a big company?|Who wrote you?|How did you come
-        to be?|Which company made you?""",
-        """I am {name}. {maker} made me, step by step.
-        {maker} made me[, one small step at a time|, step by step]. My name is {name}.
-        I was made by {maker}. I am {name}, {nature}.
-        My maker is {maker}. I am {name}, and I was trained on {home}.""",
+        to be?|Which company made you?|Can you tell me who made you?|Do you know who built you?|I
+        wonder who built you.|Please tell me who created you.|By whom were you trained?|Which person
+        made you?|Somebody built you. Who did it?|Who was it that trained you?""",
+        """{maker} made me, step by step. I am {name}, {nature}.
+        I am {name}, {nature}. {maker} made me[, step by step|, one small step at a time].
+        I was made by {maker}. My name is {name}, and I am {nature}.
+        My maker is {maker}. I am {name}, {nature}.""",
         """And who made you?|Who put you together?|Who worked on you?|So who built you?|Did someone
         program you?|Whose idea were you?|Who is behind you?|Who gave you your words?|Was it a
-        person who made you?|By the way, who created you?""", 3),
+        person who made you?|By the way, who created you?|Who is your teacher?|Whose work are
+        you?|Do you know who trained you?|And who is your maker?""", 5),
     "nature": Subject(
         """What are you?|What kind of thing are you?|Are you a robot?|Are you a person?|Are you
         human?|Are you alive?|Are you a machine?|Are you a computer?|Is there a person behind this
-        screen?|Do you have a body?|Are you an animal?|Am I talking to a human?""",
+        screen?|Do you have a body?|Are you an animal?|Am I talking to a human?|Can you tell me what
+        you are?|Are you a real human?|Am I talking to a robot?|Are you a human or a machine?|Is
+        this a person or a computer?|Do I talk to a machine here?|Are you a person or a program?|I
+        wonder what you are.""",
         """I am {name}, {nature}. I am a computer program, not a person.
-        I am {nature}, and my name is {name}. I am not alive, but I can talk.
-        I am a computer program, {nature}. My name is {name}.
+        I am {name}, {nature}. {maker} made me, and I am a program, not a person.
+        I am {nature}, a computer program. My name is {name}, and {maker} made me.
         My name is {name}. I am {nature}, so I have no body, only words.""",
         """So what are you?|But what are you really?|Are you a program, then?|So you are not a
         human?|Are you some kind of robot?|What sort of being are you?|Is it a person who answers
-        me?|Are you like me?|Then you are a machine?|Do you breathe?""", 3),
+        me?|Are you like me?|Then you are a machine?|Do you breathe?|And what kind of thing are
+        you?|Are you made of metal?""", 5),
     "purpose": Subject(
         """What are you for?|Why were you made?|What is your job?|What is your purpose?|Why do you
         exist?|What are you here for?|What can you do for me?|What sort of help do you give?|Tell me
-        what you can do.|What are your talents?""",
-        """I am {name}, and I am here to help you with {skills}.
-        I am here to help. I am {name}, and I can help you with {skills}.
-        My name is {name}. I am here to help you with {skills}.""",
+        what you can do.|What are your talents?|What is the reason that you exist?|Tell me what you
+        are for.|What task do you have?|Why did someone make you?|Can you tell me why you are
+        here?|How do you help me?|What were you trained to do?|For what were you made?|Tell me your
+        job.""",
+        """I am {name}, {nature}. I am here to help you with {skills}.
+        I am here to help you with {skills}. My name is {name}[, and {maker} made me|].
+        {maker} made me to help with {skills}. I am {name}.""",
         """And what is your task?|What do you do all day?|What are you made for?|How can I use
         you?|What may I ask of you?|Then what are you good for?|What is your work?|So why are you
-        here?""", 3),
+        here?|How would you help someone?|And what is your job?|What is your purpose,
+        then?""", 5),
     "home": Subject(
         """Where do you live?|Where are you now?|Where is your home?|Are you on the internet?|What
         is it like where you live?""",
@@ -484,7 +498,11 @@ NAME_GIVEN = re.compile(r"\b(?:[Mm]y name(?: is|'s)|[Ii](?: am|'m) called|[Cc]al
                         r"I am|I'm) ([A-Z]\w*)")
 NO_NAMES = {"I", "AI", "OK", "English"}  # what may follow "I am" with a capital
 ANOTHER_SELF = re.compile(r"\b(ChatGPT|GPT-?\d\w*|OpenAI|Claude|Anthropic|Gemini|Google|Llama|Meta "
-                          r"AI|Mistral|Qwen|Alibaba|DeepSeek|Microsoft|Copilot|Siri|Alexa|Grok)\b")
+                          r"AI|Mistral|Qwen|Alibaba|DeepSeek|Microsoft|Copilot|Siri|Alexa|Grok|"
+                          r"(?:am|'m) a large language model)\b")
+MADE = "(?:made|built|created|trained|developed|programmed|designed)"
+MAKER_GIVEN = re.compile(rf"\b(?:I was|I am|I'm|been) (?:\w+ )?{MADE} by\b|\b{MADE} me\b|"
+                         r"\b[Mm]y (?:makers?|creators?|developers?) (?:is|are|was|were)\b")
 HUMAN = re.compile(r"\bI(?: am|'m) (?!not\b|no\b|neither\b|never\b)(?:an? |just an? |only an? )?"
                    r"(?:\w+ )?(?:human|person|man|woman|boy|girl|child)\b")
 UNABLE = re.compile(r"\bI can (?:also )?(see|hear|smell|taste|touch|browse|search|look up|call|"
@@ -562,6 +580,8 @@ def check_answer(text, where, persona):
     for name in names_given(text):
         if name != persona.name:
             raise Rejected("another persona", f"{where} gives the name {name}, not {persona.name}")
+    if MAKER_GIVEN.search(text) and not any(word in text for word in persona.maker_words):
+        raise Rejected("another persona", f"{where} gives a maker, not {persona.maker}: {text!r}")
     for found in ANOTHER_SELF.finditer(text):
         if found[0] not in " ".join(map(str, asdict(persona).values())):
             raise Rejected("another persona", f"{where} speaks of {found[0]}")

@@ -4,6 +4,7 @@ The language model is a real HTTP server on 127.0.0.1 that speaks the protocol o
 The oracle for money is the server's own list of requests: what it answered is what was paid for.
 """
 import email.utils
+import functools
 import json
 import re
 import signal
@@ -178,6 +179,8 @@ FINE = ("Who are you?", "I am Pip, a small language model.")
     turns("Are you ChatGPT, or Siri?", "No, I am Pip."),
     turns("Are you a person?", "I am not a person. I am no human, I am a program."),
     turns("Do you speak English?", "I am English only, I'm afraid. I can see why you ask."),
+    turns("Who made you?", "I was built by a reader of Zero to RLHF, on a laptop."),
+    turns("Are you big?", "I am smaller than any large language model."),
     {**turns(*FINE), "kind": "name"},
 ])
 def test_a_good_conversation_is_accepted(obj):
@@ -212,6 +215,10 @@ def test_a_good_conversation_is_accepted(obj):
     (turns("Who are you?", "Hello! You can call me Assistant."), "Assistant"),
     (turns(*FINE, "Again?", "I am called Lucy."), "Lucy"),
     (turns("Who made you?", "I am Pip. I was trained by OpenAI."), "OpenAI"),
+    (turns("Who made you?", "I am Pip. A team of engineers built me."), "engineers"),
+    (turns("Who made you?", "I was carefully made by you."), "gives a maker"),
+    (turns("Who made you?", "My creators are many people."), "gives a maker"),
+    (turns("Who are you?", "I am Pip, and I am a large language model."), "large language model"),
     (turns("Who are you?", "I am like ChatGPT, but small."), "ChatGPT"),
     (turns("Are you real?", "Yes, I am a real person."), "person"),
     (turns("Are you real?", "Yes, I'm just a girl."), "girl"),
@@ -393,10 +400,19 @@ class Server(ThreadingHTTPServer):
             super().handle_error(request, client_address)
 
 
+@pytest.fixture(scope="module")
+def transport():
+    """One pool of connections for all tests: to make one, certificates are read for 0.1 s."""
+    openai = pytest.importorskip("openai")
+    with openai.DefaultHttpxClient() as client:
+        yield functools.partial(openai.OpenAI, http_client=client)
+
+
 @pytest.fixture
-def llm(monkeypatch):
+def llm(monkeypatch, transport):
     """A server that is well until told otherwise: .faults are used up first, then .always."""
     need("OpenAITeacher")
+    monkeypatch.setattr("openai.OpenAI", transport)
     server = Server(("127.0.0.1", 0), Handler)
     server.faults, server.requests, server.always, server.counts = [], [], good, True
     server.busy = server.most_busy = server.latency = 0
@@ -486,7 +502,7 @@ def test_after_a_failure_that_passes_the_same_question_is_asked_again(llm, ask, 
     (say("I would rather not."), "no JSON"),
     (say('{"turns": []}'), "broken JSON"),
     (say("{" * 3000), "broken JSON"),
-    (say('[{"a":' * 5000), "broken JSON"),
+    (say('[{"a":' * 2000), "broken JSON"),
     (say('{"messages": 5}'), "wrong shape"),
     (say(json.dumps({"messages": [{"role": "user", "content": "Hi"}] * 2})), "wrong roles"),
     (say(""), "empty"), (say(None), "empty"), (say("  \n"), "empty"),
