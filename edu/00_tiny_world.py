@@ -370,6 +370,7 @@ FACTS = [
                   "there is a {a} outside. what noise will it make?"),
         held_say=("when a {a} wants to be heard, it begins to {b}",),
         held_ask=("can you tell me what noise a {a} makes?", "I hear a {a}. what sound is it?"),
+        key="{b.s}",
         avoid="dog=howl, wolf=bark, cat=hiss, goose=hiss, pig=squeak, turkey=cluck, hen=squawk"),
     Relation(
         "count", """a dog=four/legs, a cat=four/legs, a cow=four/legs, a horse=four/legs, a
@@ -2428,10 +2429,11 @@ SHORT_STORIES = [
 
 
 # Words around a question, in training only: the question matters, and not how it is led up to.
-LEAD_UPS = ("Hello! {q}", "I have a question. {q}", "Here is a question: {q}",
-            "Please help me. {q}", "{q} I have forgotten.", "{q} I would like to know.",
-            "One more question: {q}", "Excuse me. {q}", "My friend wants to know: {q}", "Answer this, please: {q}",
-            "I am curious. {q}", "Quick! {q}")
+LEAD_UPS = (
+    "Hello! {q}", "I have a question. {q}", "Here is a question: {q}", "Please help me. {q}",
+    "{q} I have forgotten.", "{q} I would like to know.", "One more question: {q}", "Quick! {q}",
+    "Excuse me. {q}", "My friend wants to know: {q}", "Answer this, please: {q}",
+    "I am curious. {q}")
 
 
 def exchange(w, kind, held):

@@ -79,9 +79,9 @@ class Config:
     # the data
     identity_repeats: int = 12
     """How often an epoch shows each conversation of my_identity.jsonl: there are few of them."""
-    calculator_share: float = 0.2
+    calculator_share: float = 0.15
     """Share of the word problems that are shown with the calculator; the others in the head."""
-    max_problems: int = 3000
+    max_problems: int = 2000
     """Word problems at most: they show the form here; 10_rl.py teaches to solve them."""
     # the horizon
     num_epochs: float = 2.0

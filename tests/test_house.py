@@ -24,7 +24,8 @@ from conftest import EDU, ROOT, run_process
 # In this order each finds what it needs. Scripts that are not named come last, sorted.
 ORDER = [
     "train_tiny_chat", "03_check_setup", "04_block", "00_tiny_world", "01_download", "11_tokenizer",
-    "02_dataloader", "12_pretrain", "05_engine",
+    "02_dataloader", "12_pretrain", "05_engine", "06_identity", "07_sft_data", "08_sft", "09_gsm8k",
+    "10_rl",
 ]  # fmt: skip
 # Flags that make a Run line cheap; they come after its own, so they win.
 SMALLEST = {
@@ -35,6 +36,9 @@ SMALLEST = {
     "12_pretrain": "--depth 1 --num-iterations 4 --eval-every 2 --save-every 4 --compile off "
     "--sequence-len 64 --total-batch-size 512 --device-batch-size 8 --eval-tokens 1024",
     "05_engine": "--bench-tokens 16",
+    "08_sft": "--identity-repeats 1 --num-epochs 0.2 --eval-prompts 4 --eval-rows 8 --eval-every 8",
+    "10_rl": "--num-steps 2 --num-samples 4 --prompts-per-step 2 --eval-problems 4 "
+    "--probe-prompts 2 --max-new-tokens 8 --reward hackable",
 }
 SCRIPTS = sorted(path.stem for path in EDU.glob("*.py"))
 NAMES = sorted(SCRIPTS, key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER))
