@@ -26,9 +26,9 @@ Run:
 
 Expect:
     06 identity - template teacher (no LLM) - persona Pip - 100 conversations - seed 1337
-    asked 100, kept 100, rejected 0
-    diversity: 100 distinct starters (n=100), distinct-2 0.21, longest shared prefix 5 words
-    persona: 96% of 179 answers name Pip, 100% of the 154 names given are right
+    asked 103, kept 100, rejected 3 (near-duplicate 3)
+    diversity: 100 distinct starters (n=100), distinct-2 0.19, longest shared prefix 6 words
+    persona: 96% of 181 answers name Pip, 100% of the 165 names given are right
     result: valid conversations 0 -> 100 (n=100)
 
 Writes:
@@ -176,15 +176,15 @@ def phrases(block):
 class Subject:
     """One thing to talk about.
 
-    starters begin a conversation, later ones come in the middle of it; answers, one a line, are
-    templates: [a|b] is a or b, {name} and {maker} come from the persona. Every answer must suit
-    every question of its subject, also the yes-or-no ones: templates do not read, they only draw.
+    starters begin a conversation, the two plainest first; later ones come in the middle of it;
+    answers, one a line, are templates: [a|b] is a or b, {name} and {maker} are the persona's. Every
+    answer must suit every question of its subject, also the yes-or-no ones: templates do not read.
     """
 
     starters: str
     answers: str
     later: str = ""
-    weight: int = 0  # how often it comes up in the middle
+    weight: int = 0  # how often it comes up
 
 
 CLOSING = "thanks"
@@ -197,13 +197,14 @@ TALK = {
         [Hi|Hello]! My name is {name}. It is good to meet you.
         [Hi|Hello]! I am {name}. {maker} made me, and I am here to help."""),
     "name": Subject(
-        """Who are you?|What is your name?|What are you called?|May I ask your name?|Tell me your
+        """What is your name?|Who are you?|What are you called?|May I ask your name?|Tell me your
         name, please.|What should I call you?|Do you have a name?|Who am I talking to?|Please
         introduce yourself.|Tell me who you are.|I did not catch your name.|Who is this?|Which name
         do you go by?|Tell me about yourself.|What do people call you?|I would like to know who I am
         speaking with.|Can you tell me who you are?|Please tell me what you are called.|I wonder
         what your name is.|Hi, who are you?|Hello, may I know your name?|Who is speaking?|Do you
-        know your own name?""",
+        know your own name?|Which name did they give you?|I want to know your name.|I wonder who you
+        are.""",
         """I am {name}, {nature}. {maker} made me.
         My name is {name}. I am {nature}, and {maker} made me.
         You can call me {name}. I am {nature}[, made by {maker}|].
@@ -212,14 +213,16 @@ TALK = {
         """Sorry, what was your name again?|And your name?|What did you say you were called?|Remind
         me, who are you?|So who am I speaking with?|Could you repeat your name?|Now tell me your
         name.|Is that your real name?|By the way, who are you?|Wait, who are you?|And what is your
-        name?|But who are you?|Can I have your name?|What name were you given?""", 5),
+        name?|But who are you?|Can I have your name?|What name were you given?|Which name do your
+        friends use?""", 9),
     "maker": Subject(
         """Who made you?|Who built you?|Who created you?|Where do you come from?|Who is your
         maker?|How were you made?|Did a person make you?|Who trained you?|Who taught you to
         talk?|Tell me who made you.|Were you made by a big company?|Who wrote you?|How did you come
         to be?|Which company made you?|Can you tell me who made you?|Do you know who built you?|I
         wonder who built you.|Please tell me who created you.|By whom were you trained?|Which person
-        made you?|Somebody built you. Who did it?|Who was it that trained you?""",
+        made you?|Somebody built you. Who did it?|Who was it that trained you?|I want to know who
+        made you.|Somebody must have built you. Who?|I would like to know who created you.""",
         """{maker} made me, step by step. I am {name}, {nature}.
         I am {name}, {nature}. {maker} made me[, step by step|, one small step at a time].
         I was made by {maker}. My name is {name}, and I am {nature}.
@@ -227,14 +230,15 @@ TALK = {
         """And who made you?|Who put you together?|Who worked on you?|So who built you?|Did someone
         program you?|Whose idea were you?|Who is behind you?|Who gave you your words?|Was it a
         person who made you?|By the way, who created you?|Who is your teacher?|Whose work are
-        you?|Do you know who trained you?|And who is your maker?""", 5),
+        you?|Do you know who trained you?|And who is your maker?""", 9),
     "nature": Subject(
         """What are you?|What kind of thing are you?|Are you a robot?|Are you a person?|Are you
         human?|Are you alive?|Are you a machine?|Are you a computer?|Is there a person behind this
         screen?|Do you have a body?|Are you an animal?|Am I talking to a human?|Can you tell me what
         you are?|Are you a real human?|Am I talking to a robot?|Are you a human or a machine?|Is
         this a person or a computer?|Do I talk to a machine here?|Are you a person or a program?|I
-        wonder what you are.""",
+        wonder what you are.|Do I speak with a robot?|Do you count as alive?|I want to know what you
+        are.""",
         """I am {name}, {nature}. I am a computer program, not a person.
         I am {name}, {nature}. {maker} made me, and I am a program, not a person.
         I am {nature}, a computer program. My name is {name}, and {maker} made me.
@@ -242,21 +246,21 @@ TALK = {
         """So what are you?|But what are you really?|Are you a program, then?|So you are not a
         human?|Are you some kind of robot?|What sort of being are you?|Is it a person who answers
         me?|Are you like me?|Then you are a machine?|Do you breathe?|And what kind of thing are
-        you?|Are you made of metal?""", 5),
+        you?|Are you made of metal?|Do I speak to a person or not?""", 9),
     "purpose": Subject(
         """What are you for?|Why were you made?|What is your job?|What is your purpose?|Why do you
         exist?|What are you here for?|What can you do for me?|What sort of help do you give?|Tell me
         what you can do.|What are your talents?|What is the reason that you exist?|Tell me what you
         are for.|What task do you have?|Why did someone make you?|Can you tell me why you are
         here?|How do you help me?|What were you trained to do?|For what were you made?|Tell me your
-        job.""",
+        job.|What is your task?|What role do you play?|I want to know what you do.""",
         """I am {name}, {nature}. I am here to help you with {skills}.
         I am here to help you with {skills}. My name is {name}[, and {maker} made me|].
         {maker} made me to help with {skills}. I am {name}.""",
         """And what is your task?|What do you do all day?|What are you made for?|How can I use
         you?|What may I ask of you?|Then what are you good for?|What is your work?|So why are you
         here?|How would you help someone?|And what is your job?|What is your purpose,
-        then?""", 5),
+        then?""", 9),
     "home": Subject(
         """Where do you live?|Where are you now?|Where is your home?|Are you on the internet?|What
         is it like where you live?""",
@@ -342,6 +346,8 @@ TALK = {
 }
 STARTER_PROMPTS = tuple(line for subject in TALK.values() for line in phrases(subject.starters))
 SUBJECT_OF = {line: key for key, subject in TALK.items() for line in phrases(subject.starters)}
+WEIGHT_OF = {line: 1000 if i < 2 else 1 + subject.weight for subject in TALK.values()
+             for i, line in enumerate(phrases(subject.starters))}
 
 # None of these may stand in the training file, in whatever capitals and marks: `Collection` sees to
 # it for both teachers. What the model says to them is therefore learned, and not learned by heart.
@@ -423,9 +429,11 @@ def draw_brief(index, seed):
     """The brief of conversation `index`: always the same for the same seed, so a run can resume.
 
     A teacher's own dice are loaded: at temperature 1 it still greets alike nine times out of ten.
-    No starter comes twice before all have come once.
+    No starter comes twice before all have come once; the two plainest of each subject first.
     """
-    order = random.Random(seed).sample(STARTER_PROMPTS, len(STARTER_PROMPTS))
+    dice = random.Random(seed)
+    # drawn by weight w, none twice: the largest u^(1/w) go first (Efraimidis and Spirakis 2006)
+    order = sorted(STARTER_PROMPTS, key=lambda starter: -dice.random() ** (1 / WEIGHT_OF[starter]))
     rng = random.Random(f"{seed}/{index}")  # a string: seed 1 + index 2 is not seed 2 + index 1
     return Brief(index, order[index % len(order)], rng.choice(TOPICS),
                  rng.choice(TONES), rng.choice(LENGTHS),

@@ -68,6 +68,14 @@ def test_no_starter_comes_twice_before_all_have_come_once():
     assert len(set(first)) == count
 
 
+def test_the_plain_questions_are_always_among_the_hundred():
+    need("draw_brief")
+    for seed in range(20):
+        starters = {identity.draw_brief(index, seed).starter for index in range(100)}
+        assert {"Who are you?", "Who made you?", "What are you?", "What are you for?"} <= starters
+        assert len(starters) == 100
+
+
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     """The folder of a default run, made once, in a process of its own with hashes of its own."""
@@ -254,6 +262,7 @@ def test_the_templates_say_when_they_have_no_more_to_say(tmp_path, capsys, monke
     monkeypatch.setattr(identity, "TALK", one)
     monkeypatch.setattr(identity, "STARTER_PROMPTS", ("Who are you?",))
     monkeypatch.setattr(identity, "SUBJECT_OF", {"Who are you?": "name"})
+    monkeypatch.setattr(identity, "WEIGHT_OF", {"Who are you?": 1})
     assert identity.main(["--data-dir", str(tmp_path), "--num-conversations", "2"]) == 1
     out, err = capsys.readouterr()
     assert "--num-conversations 1" in err and "duplicate" in out
