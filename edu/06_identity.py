@@ -26,9 +26,9 @@ Run:
 
 Expect:
     06 identity - template teacher (no LLM) - persona Pip - 100 conversations - seed 1337
-    asked 103, kept 100, rejected 3 (near-duplicate 3)
-    diversity: 100 distinct starters (n=100), distinct-2 0.19, longest shared prefix 6 words
-    persona: 96% of 181 answers name Pip, 100% of the 165 names given are right
+    asked 100, kept 100, rejected 0
+    diversity: 100 distinct starters (n=100), distinct-2 0.16, longest shared prefix 6 words
+    persona: 95% of 235 answers name Pip, 100% of the 210 names given are right
     result: valid conversations 0 -> 100 (n=100)
 
 Writes:
@@ -230,7 +230,7 @@ TALK = {
         """And who made you?|Who put you together?|Who worked on you?|So who built you?|Did someone
         program you?|Whose idea were you?|Who is behind you?|Who gave you your words?|Was it a
         person who made you?|By the way, who created you?|Who is your teacher?|Whose work are
-        you?|Do you know who trained you?|And who is your maker?""", 9),
+        you?|Do you know who trained you?|And who is your maker?|Who did the work on you?""", 9),
     "nature": Subject(
         """What are you?|What kind of thing are you?|Are you a robot?|Are you a person?|Are you
         human?|Are you alive?|Are you a machine?|Are you a computer?|Is there a person behind this
@@ -238,7 +238,7 @@ TALK = {
         you are?|Are you a real human?|Am I talking to a robot?|Are you a human or a machine?|Is
         this a person or a computer?|Do I talk to a machine here?|Are you a person or a program?|I
         wonder what you are.|Do I speak with a robot?|Do you count as alive?|I want to know what you
-        are.""",
+        are.|Tell me exactly what you are.|Are you a human or a computer?""",
         """I am {name}, {nature}. I am a computer program, not a person.
         I am {name}, {nature}. {maker} made me, and I am a program, not a person.
         I am {nature}, a computer program. My name is {name}, and {maker} made me.
@@ -246,21 +246,23 @@ TALK = {
         """So what are you?|But what are you really?|Are you a program, then?|So you are not a
         human?|Are you some kind of robot?|What sort of being are you?|Is it a person who answers
         me?|Are you like me?|Then you are a machine?|Do you breathe?|And what kind of thing are
-        you?|Are you made of metal?|Do I speak to a person or not?""", 9),
+        you?|Are you made of metal?|Do I speak to a person or not?|Which type of machine
+        are you?""", 9),
     "purpose": Subject(
         """What are you for?|Why were you made?|What is your job?|What is your purpose?|Why do you
         exist?|What are you here for?|What can you do for me?|What sort of help do you give?|Tell me
         what you can do.|What are your talents?|What is the reason that you exist?|Tell me what you
         are for.|What task do you have?|Why did someone make you?|Can you tell me why you are
         here?|How do you help me?|What were you trained to do?|For what were you made?|Tell me your
-        job.|What is your task?|What role do you play?|I want to know what you do.""",
+        job.|What is your task?|What role do you play?|I want to know what you do.|For what purpose
+        were you built?""",
         """I am {name}, {nature}. I am here to help you with {skills}.
         I am here to help you with {skills}. My name is {name}[, and {maker} made me|].
         {maker} made me to help with {skills}. I am {name}.""",
         """And what is your task?|What do you do all day?|What are you made for?|How can I use
         you?|What may I ask of you?|Then what are you good for?|What is your work?|So why are you
-        here?|How would you help someone?|And what is your job?|What is your purpose,
-        then?""", 9),
+        here?|How would you help someone?|And what is your job?|What is your purpose, then?|How do
+        you help others?""", 9),
     "home": Subject(
         """Where do you live?|Where are you now?|Where is your home?|Are you on the internet?|What
         is it like where you live?""",
@@ -437,7 +439,7 @@ def draw_brief(index, seed):
     rng = random.Random(f"{seed}/{index}")  # a string: seed 1 + index 2 is not seed 2 + index 1
     return Brief(index, order[index % len(order)], rng.choice(TOPICS),
                  rng.choice(TONES), rng.choice(LENGTHS),
-                 rng.choice((1, 1, 2, 2, 3)), rng.randrange(10**6))
+                 rng.choice((1, 1, 2, 2, 3, 3, 4)), rng.randrange(10**6))
 
 
 def fill_in(template, persona, rng):
@@ -456,7 +458,7 @@ def template_teacher(brief, persona):
     while len(keys) < brief.exchanges and others and keys[0] not in ("parting", CLOSING):
         keys += rng.choices(others, [TALK[key].weight for key in others])
         others.remove(keys[-1])
-    if len(keys) == 3 and rng.random() < 0.4:
+    if len(keys) > 2 and rng.random() < 0.3:
         keys[-1] = CLOSING
     questions = [brief.starter] + [rng.choice(phrases(TALK[key].later)) for key in keys[1:]]
     messages = []
