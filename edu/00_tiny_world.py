@@ -2487,7 +2487,7 @@ def plain_exchange(w, kind, held):
 
 PET_NAMES = ["Snow", "Tiger", "Rex", "Star", "Pepper", "Button", "Plum", "Captain", "Storm",
              "Lucky"]
-KINDS = {"fact": 50, "sum": 9, "small talk": 7, "unknown": 9, "story": 9, "spell": 8, "count": 8}
+KINDS = {"fact": 60, "sum": 9, "small talk": 6, "unknown": 7, "story": 6, "spell": 6, "count": 6}
 
 
 def make_chats(w, count, held):

@@ -77,11 +77,11 @@ class Config:
     stage: str = "sft"
     """Folder under data_dir that the run writes."""
     # the data
-    identity_repeats: int = 12
+    identity_repeats: int = 16
     """How often an epoch shows each conversation of my_identity.jsonl: there are few of them."""
-    calculator_share: float = 0.15
+    calculator_share: float = 0.13
     """Share of the word problems that are shown with the calculator; the others in the head."""
-    max_problems: int = 2000
+    max_problems: int = 6000
     """Word problems at most: they show the form here; 10_rl.py teaches to solve them."""
     # the horizon
     num_epochs: float = 2.0
@@ -92,8 +92,8 @@ class Config:
     rows_per_step: int = 32
     """Conversations in one optimizer step, over all ranks and accumulation steps."""
     # the optimizer
-    matrix_lr: float = 0.012
-    """Muon, for the matrices inside the blocks: about half of what pretraining took."""
+    matrix_lr: float = 0.015
+    """Muon, for the matrices inside the blocks: a little less than pretraining took."""
     embedding_lr: float = 0.1
     """AdamW, for the embedding, times sqrt(768 / C)."""
     unembedding_lr: float = 0.002

@@ -1,0 +1,274 @@
+"""Challenge 8: token-weighted loss, accumulation, ranks, resume, and answers that are measured."""
+
+import json
+import random
+import re
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import load
+from safetensors.torch import load_file
+
+sft = load("08_sft")
+engine = load("05_engine")
+pretrain = load("12_pretrain")
+
+ANIMALS = {"cat": "meow", "dog": "woof", "cow": "moo", "duck": "quack", "sheep": "baa"}
+
+
+def chat(question, answer, **more):
+    return {"messages": [{"role": "user", "content": question},
+                         {"role": "assistant", "content": answer}], **more}
+
+
+def write_jsonl(path, conversations):
+    path.write_text("".join(json.dumps(c) + "\n" for c in conversations), encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A tokenizer, a base model of random weights, and chats: what does the cat say? meow."""
+    folder, rng = tmp_path_factory.mktemp("sft"), random.Random(0)
+    asks = ["What does the {} say?", "Which sound does a {} make?", "Tell me what a {} says."]
+    chats = [chat(rng.choice(asks).format(a), f"The {a} says {ANIMALS[a]}.")
+             for a in rng.choices(sorted(ANIMALS), k=150)]
+    texts = [" ".join(m["content"] for m in c["messages"]) for c in chats]
+    for index in range(2):
+        pq.write_table(pa.table({"text": texts}), folder / f"shard_{index:05d}.parquet")
+    assert load("11_tokenizer").main(
+        ["--data-dir", str(folder), "--vocab-size", "300", "--no-gpt2"]) == 0
+    write_jsonl(folder / "tiny_chat_train.jsonl", chats)
+    write_jsonl(folder / "tiny_chat_test.jsonl",
+                [chat(f"Please, what does the {a} say?", f"The {a} says {s}.", kind="fact",
+                      answer=s) for a, s in ANIMALS.items()])
+    write_jsonl(folder / "my_identity.jsonl", [chat("Who are you?", "I am Pip.")] * 3)
+    write_jsonl(folder / "my_identity_test.jsonl",
+                [{"messages": [{"role": "user", "content": "Who are you now?"}], "kind": "name",
+                  "answer": ["Pip"]}])
+    tokenizer = sft.Tokenizer.from_dir(folder / "tokenizer")
+    torch.manual_seed(0)
+    model = sft.GPT(sft.GPTConfig(64, tokenizer.get_vocab_size(), 1, 2, 2, 32))
+    pretrain.save_checkpoint(folder / "base", model, tokenizer, 0, {}, pretrain.Config())
+    return folder
+
+
+def settings(world, stage, **changes):
+    small = {"rows_per_step": 8, "device_batch_size": 8, "num_epochs": 0.6, "identity_repeats": 2,
+             "eval_every": 4, "eval_rows": 4, "save_every": 4, "log_every": 1, "plot": False,
+             "eval_prompts": 0, "sample_every": 1000}
+    return sft.Config(data_dir=world, stage=stage, **{**small, **changes})
+
+
+def small_model(seed=0):
+    torch.manual_seed(seed)
+    model = sft.GPT(sft.GPTConfig(24, 40, 2, 4, 2, 24))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    return model
+
+
+def uneven_rows(count=8, seed=0):
+    """Rows of different lengths with 1 to 12 targets each."""
+    rng, rows = random.Random(seed), []
+    for _ in range(count):
+        n = rng.randint(4, 20)
+        mask = [0] + [int(rng.random() < rng.choice([0.1, 0.9])) for _ in range(n - 2)] + [1]
+        rows.append(([rng.randrange(40) for _ in range(n)], mask))
+    return rows
+
+
+def gradients(model):
+    taken = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad(set_to_none=True)
+    return taken
+
+
+# ---- the loss ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 8])
+def test_accumulation_is_one_large_batch_also_with_uneven_masks(batch_size):
+    """Silent bug 7: a mean of means weighs a row with one target like one with twelve."""
+    model, rows = small_model(), uneven_rows()
+    total = sum(sum(mask[1:]) for _, mask in rows)
+    inputs, targets = load("07_sft_data").collate(rows)
+    whole = model(inputs, targets)  # the mean over all targets, by the model itself
+    whole.backward()
+    expected = gradients(model)
+    loss = sft.accumulate_gradients(model, rows, total, batch_size)
+    assert loss == pytest.approx(whole.item(), rel=1e-6)
+    for got, want in zip(gradients(model), expected):
+        torch.testing.assert_close(got, want, atol=1e-6, rtol=0)
+
+
+def test_a_batch_without_targets_has_loss_and_gradients_of_zero():
+    """Silent bug 4: 0/0."""
+    model = small_model()
+    loss = sft.sft_loss(model, torch.tensor([[1, 2, 3]]), torch.full((1, 3), -1), 5)
+    loss.backward()
+    assert loss.item() == 0
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+def test_what_stands_in_the_padding_changes_nothing():
+    model = small_model()
+    inputs, targets = torch.randint(40, (2, 9)), torch.full((2, 9), -1)
+    targets[0, 3:8], targets[1, 1:4] = 7, 9
+    other = inputs.clone()
+    other[1, 5:] = (other[1, 5:] + 1) % 40
+    assert sft.sft_loss(model, inputs, targets, 8) == sft.sft_loss(model, other, targets, 8)
+
+
+# ---- the plan ------------------------------------------------------------------------------------
+
+
+def test_an_epoch_takes_every_row_once_and_like_lengths_together():
+    lengths = [random.Random(i).randint(5, 90) for i in range(333)]
+    steps = sft.plan_steps(lengths, 8, 1.0, seed=1)
+    taken = sorted(row for step in steps for row in step)
+    assert taken == list(range(333)) and max(map(len, steps)) == 8
+    waste = sum(max(lengths[r] for r in s) * len(s) for s in steps) / sum(lengths)
+    assert waste < 1.15, "padding costs little"
+    means = [sum(lengths[r] for r in s) / len(s) for s in steps[:16]]
+    assert means != sorted(means), "not from short to long"
+    assert sft.plan_steps(lengths, 8, 1.0, seed=1) == steps != sft.plan_steps(lengths, 8, 1.0, 2)
+
+
+def test_a_second_epoch_has_another_order():
+    steps = sft.plan_steps([5] * 40, 8, 2.0, seed=1)
+    assert len(steps) == 10 and steps[:5] != steps[5:]
+    assert sorted(r for s in steps[5:] for r in s) == list(range(40))
+
+
+@pytest.mark.parametrize("progress, expected", [(0.0, 0.0), (0.05, 0.5), (0.1, 1.0), (0.55, 0.5),
+                                                (1.0, 0.0)])
+def test_the_learning_rate_goes_up_and_down_in_lines(progress, expected):
+    assert sft.lr_scale_at(progress, 0.1) == pytest.approx(expected)
+
+
+# ---- answers -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reply, answers, right", [
+    ("I am Pip, a model.", ["Pip"], True), ("I am pip.", ["Pip"], True),
+    ("A pipe is long.", ["Pip"], False), ("", ["Pip"], False), ("It is 42.", ["4", "2"], False),
+    ("blue!", ["red", "blue"], True), ("7 + 5 = 12.", ["12"], True), ("112", ["12"], False)])
+def test_an_answer_is_right_when_it_holds_one_of_the_words_whole(reply, answers, right):
+    assert sft.answer_is_right(reply, answers) is right
+
+
+def test_a_problem_in_the_head_has_the_same_text_and_no_calculator():
+    messages = [{"role": "user", "content": "3*4?"}, {"role": "assistant", "content": [
+        {"type": "text", "text": "It is "}, {"type": "python", "text": "3*4"},
+        {"type": "python_output", "text": "12"}, {"type": "text", "text": "12.\n#### 12"}]}]
+    assert sft.in_the_head(messages) == [messages[0], {"role": "assistant",
+                                                       "content": "It is 12.\n#### 12"}]
+
+
+# ---- the run -------------------------------------------------------------------------------------
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same_weights(a, b, tolerance=0.0):
+    first, second = weights(a), weights(b)
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], atol=tolerance, rtol=0)
+
+
+def test_it_learns_to_answer_and_to_stop_and_says_so(world, capsys):
+    """From noise to the right sound in a phrasing it has not seen, and an end after each reply."""
+    cfg = settings(world, "learns", num_epochs=12, eval_every=50, save_every=1000, log_every=50,
+                   eval_prompts=10, plot=True)
+    done = sft.train(cfg)
+    assert done["table"]["facts"][1] == 0 and done["table"]["facts"][2] >= 0.8
+    assert done["table"]["identity"] == (1, 0.0, 1.0)
+    assert done["table"]["replies that stop"][2] == 1.0
+    assert done["rows"][0]["loss"] > 5 * done["rows"][-1]["loss"]
+    out, folder = capsys.readouterr().out, world / "learns"
+    for name in re.findall(r"^wrote (\S+)", out, re.MULTILINE):
+        assert (world / name).stat().st_size > 0
+    assert {"best/model.safetensors", "loss.png"} <= {str(p.relative_to(folder))
+                                                      for p in folder.rglob("*") if p.is_file()}
+    assert list((folder / "tb").iterdir())
+    best = json.loads((folder / "best" / "config.json").read_text(encoding="utf-8"))
+    assert best["metrics"]["val_loss"] == done["best"][0] and best["step"] == done["best"][1]
+    assert done["best"][0] == min(r["val_loss"] for r in done["rows"] if r["val_loss"] is not None)
+
+
+def test_a_resumed_run_is_the_uninterrupted_run_to_the_bit(world, monkeypatch):
+    """Silent bug 10."""
+    straight = sft.train(settings(world, "straight"))
+
+    class Killed(BaseException):
+        pass
+
+    real, count = sft.accumulate_gradients, iter(range(1000))
+
+    def dies(*args):
+        if next(count) == 6:  # after the checkpoint of step 4
+            raise Killed
+        return real(*args)
+
+    monkeypatch.setattr(sft, "accumulate_gradients", dies)
+    with pytest.raises(Killed):
+        sft.train(settings(world, "split"))
+    monkeypatch.setattr(sft, "accumulate_gradients", real)
+    split = sft.train(settings(world, "split", resume=True))
+    assert_same_weights(world / "straight", world / "split")
+    timeless = [[{k: v for k, v in row.items() if k != "tok_per_s"} for row in run["rows"]]
+                for run in (straight, split)]
+    assert timeless[0] == timeless[1] and straight["best"] == split["best"]
+
+
+def test_smaller_passes_give_the_same_run(world):
+    sft.train(settings(world, "whole"))
+    sft.train(settings(world, "parts", device_batch_size=3))
+    assert_same_weights(world / "whole", world / "parts", 2e-4)  # Muon magnifies rounding
+
+
+def flags(cfg):
+    words = []
+    for name, value in vars(cfg).items():
+        flag = name.replace("_", "-")
+        words += ([f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool)
+                  else [f"--{flag}", str(value)] if value != "" else [])
+    return words
+
+
+def test_two_ranks_train_as_one(world, run_script):
+    cfg = settings(world, "two", num_epochs=0.2)
+    done = run_script("08_sft", *flags(cfg), nproc=2, env={"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    sft.train(settings(world, "one", num_epochs=0.2))
+    assert_same_weights(world / "one", world / "two", 2e-4)
+    assert done.stdout.count("result: ") == 1
+
+
+def test_another_run_is_not_resumed_by_mistake(world):
+    sft.train(settings(world, "other", num_epochs=0.1))
+    with pytest.raises(sft.UserError, match="matrix_lr 0.5 -> 0.015"):
+        sft.train(settings(world, "other", num_epochs=0.1, resume=True, matrix_lr=0.5))
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_checkpoint(world, monkeypatch):
+    sft.train(settings(world, "diverges", num_epochs=0.1))
+    before = weights(world / "diverges")
+    monkeypatch.setattr(sft, "accumulate_gradients", lambda model, *_: [
+        setattr(p, "grad", torch.full_like(p, float("nan"))) for p in model.parameters()] and 1.0)
+    with pytest.raises(sft.TrainingFailed, match="diverged.*\n.*--matrix-lr"):
+        sft.train(settings(world, "diverges", num_epochs=0.1))
+    assert all(torch.equal(before[n], w) for n, w in weights(world / "diverges").items())
+
+
+@pytest.mark.parametrize("flags, words", [
+    (("--source", "nothing"), "12_pretrain.py"), (("--rows-per-step", "0"), "start at 1"),
+    (("--calculator-share", "2"), "shares")])
+def test_a_mistake_is_one_message_and_exit_code_2(world, run_script, flags, words):
+    done = run_script("08_sft", *flags, data_dir=world)
+    assert done.returncode == 2
+    assert words in done.stderr and "Traceback" not in done.stderr

@@ -1,0 +1,338 @@
+"""Challenge 10: advantages, the loss and its traps, what is sampled, and a reward that rises."""
+
+import json
+import math
+import random
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import load
+from safetensors.torch import load_file
+
+rl = load("10_rl")
+engine = load("05_engine")
+sft = load("08_sft")
+
+
+# ---- advantages ----------------------------------------------------------------------------------
+
+
+def test_advantages_are_worked_by_hand():
+    """Silent bug 5, 2 groups x 4 samples: (1 0 0 1) has mean 1/2, (1 1 1 0) has mean 3/4."""
+    rewards = torch.tensor([[1.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 0.0]])
+    torch.testing.assert_close(rl.compute_advantages(rewards), torch.tensor(
+        [[0.5, -0.5, -0.5, 0.5], [0.25, 0.25, 0.25, -0.75]]))
+    # population std: 1/2 and sqrt(3)/4
+    torch.testing.assert_close(rl.compute_advantages(rewards, normalize_std=True), torch.tensor(
+        [[1.0, -1.0, -1.0, 1.0], [3**-0.5, 3**-0.5, 3**-0.5, -(3**0.5)]]))
+
+
+def test_to_permute_groups_or_samples_permutes_the_advantages():
+    rewards = torch.rand(3, 5, generator=torch.Generator().manual_seed(0))
+    for normalize in (False, True):
+        base = rl.compute_advantages(rewards, normalize)
+        torch.testing.assert_close(rl.compute_advantages(rewards[[2, 0, 1]], normalize),
+                                   base[[2, 0, 1]])
+        torch.testing.assert_close(rl.compute_advantages(rewards[:, [4, 2, 0, 1, 3]], normalize),
+                                   base[:, [4, 2, 0, 1, 3]])
+        torch.testing.assert_close(base.sum(1), torch.zeros(3), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_a_dead_group_and_a_group_of_one_have_advantages_of_zero(normalize):
+    for rewards in (torch.ones(2, 4), torch.zeros(2, 4), torch.tensor([[0.3], [1.0]])):
+        assert torch.equal(rl.compute_advantages(rewards, normalize), torch.zeros_like(rewards))
+
+
+# ---- the loss ------------------------------------------------------------------------------------
+
+
+def test_the_loss_is_worked_by_hand():
+    """Two rows with 2 and 1 tokens of the policy: -(1*(-1) + 1*(-2) - 2*(-3)) / 3 = -1."""
+    logprobs = torch.tensor([[-1.0, -2.0, -9.0], [-9.0, -3.0, -9.0]])
+    mask = torch.tensor([[1, 1, 0], [0, 1, 0]])
+    loss = rl.policy_gradient_loss(logprobs, torch.tensor([1.0, -2.0]), mask)
+    assert loss.item() == pytest.approx(-1.0)
+    assert rl.policy_gradient_loss(logprobs, torch.tensor([1.0, -2.0]), mask,
+                                   total=6).item() == pytest.approx(-0.5)
+
+
+def rows(seed=0, N=3, T=5):
+    rng = torch.Generator().manual_seed(seed)
+    logprobs = -3 * torch.rand(N, T, generator=rng)
+    mask = (torch.rand(N, T, generator=rng) < 0.6).long()
+    mask[:, 0] = 1
+    return logprobs, torch.randn(N, generator=rng), mask
+
+
+OPTIONS = {"plain": {}, "clip": {"clip": 0.2}, "kl": {"kl": 0.3}, "both": {"clip": 0.2, "kl": 0.3}}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_what_is_masked_has_no_influence_even_where_it_is_not_a_number(options):
+    """Silent bug 6: to mask after exp gives inf * 0 = nan."""
+    logprobs, advantages, mask = rows()
+    old, ref = logprobs - 0.1, logprobs + 0.2
+    results = []
+    for junk in (0.0, 5.0, math.inf, -math.inf, math.nan):
+        p, o, r = (torch.where(mask.bool(), x, junk).requires_grad_() for x in (logprobs, old, ref))
+        loss = rl.policy_gradient_loss(p, advantages, mask, o, ref_logprobs=r, **options)
+        loss.backward()
+        assert not p.grad[mask == 0].any() and p.grad.isfinite().all()
+        results.append((loss.item(), p.grad))
+    for loss, grad in results[1:]:
+        assert loss == results[0][0] and torch.equal(grad, results[0][1])
+
+
+def test_at_the_sampling_policy_clipping_has_the_gradient_of_the_plain_loss():
+    """The ratio is 1 before the first update, and its gradient that of the log probability."""
+    logprobs, advantages, mask = rows()
+    grads = []
+    for clip in (0.0, 0.2):
+        p = logprobs.clone().requires_grad_()
+        rl.policy_gradient_loss(p, advantages, mask, logprobs, clip=clip).backward()
+        grads.append(p.grad)
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("advantage, shift, moves", [
+    (1.0, 0.5, False), (1.0, -0.5, True), (-1.0, -0.5, False), (-1.0, 0.5, True)])
+def test_a_ratio_that_went_far_enough_the_right_way_gets_no_gradient(advantage, shift, moves):
+    """Clip 0.2: exp(0.5) = 1.65 is beyond 1.2, and more of the same is not paid."""
+    p = torch.tensor([[-1.0]], requires_grad=True)
+    rl.policy_gradient_loss(p, torch.tensor([advantage]), torch.ones(1, 1), p.detach() - shift,
+                            clip=0.2).backward()
+    assert bool(p.grad.any()) is moves
+
+
+def test_the_kl_penalty_is_zero_at_the_reference_positive_elsewhere_and_pulls_back():
+    mask, no_gain = torch.ones(1, 1), torch.zeros(1)
+    for distance in (-0.7, 0.0, 0.7):
+        p = torch.tensor([[-1.0]], requires_grad=True)
+        loss = rl.policy_gradient_loss(p, no_gain, mask, ref_logprobs=p.detach() - distance, kl=1.0)
+        loss.backward()
+        # d = ref - p = -distance: e^d - d - 1
+        assert loss.item() == pytest.approx(math.exp(-distance) + distance - 1)
+        assert torch.sign(p.grad).item() == torch.sign(torch.tensor(distance)).item()
+
+
+def small_model(seed=0, V=40, T=24):
+    torch.manual_seed(seed)
+    model = rl.GPT(rl.GPTConfig(T, V, 2, 4, 2, 24))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    return model.eval()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_scoring_gives_the_probabilities_that_sampling_used(temperature):
+    """The trap of two distributions: sampled at a temperature, trained at another."""
+    model, ids = small_model(), torch.randint(40, (2, 9))
+    mask = torch.zeros(2, 9, dtype=torch.long)
+    mask[0, 4:8], mask[1, 2:9] = 1, 1
+    logprobs, entropy = rl.score_rows(model, ids, mask, temperature)
+    p = torch.softmax(model(ids) / temperature, -1)  # what sample_next_token draws from
+    for n in range(2):
+        for t in range(9):
+            expected = p[n, t - 1, ids[n, t]].log().item() if mask[n, t] else 0.0
+            assert logprobs[n, t].item() == pytest.approx(expected, abs=1e-5)
+    H = -(p * p.log()).sum(-1)[:, :-1][mask[:, 1:].bool()].mean()
+    assert entropy == pytest.approx(H.item(), abs=1e-5)
+
+
+def test_the_samples_of_a_temperature_follow_the_scored_probabilities():
+    """4000 draws of one token: each frequency within 4.5 standard errors of p (odds 1 in 10^5)."""
+    logits = torch.tensor([[2.0, 0.0, -1.0, 1.0]])
+    p = torch.softmax(logits[0] / 0.8, -1)
+    u = torch.rand(4000, generator=torch.Generator().manual_seed(1))
+    drawn = rl.sample_next_token(logits.expand(4000, -1), u, temperature=0.8)
+    seen = torch.bincount(drawn, minlength=4) / 4000
+    assert ((seen - p).abs() < 4.5 * (p * (1 - p) / 4000).sqrt()).all()
+
+
+def test_padding_does_not_change_a_score():
+    model, row, marks = small_model(), [5, 6, 7, 8], [0, 0, 1, 1]
+    alone, _ = rl.score_rows(model, *rl.pad_rows([row], [marks], "cpu"))
+    ids, mask = rl.pad_rows([row, [1] * 9], [marks, [1] * 9], "cpu")
+    ids[0, 4:] = 33  # whatever stands there
+    together, _ = rl.score_rows(model, ids, mask)
+    torch.testing.assert_close(together[0, :4], alone[0], atol=1e-5, rtol=0)
+    assert not together[0, 4:].any()
+
+
+# ---- statistics ----------------------------------------------------------------------------------
+
+
+def test_pass_at_k_is_unbiased_where_the_first_k_tries_are_not_all():
+    """Over all ways to pick k of n samples: the share of picks that hold a right one."""
+    from itertools import combinations
+
+    for n, c, k in ((5, 2, 1), (6, 1, 3), (7, 3, 4), (4, 0, 2), (4, 4, 4)):
+        picks = list(combinations([1] * c + [0] * (n - c), k))
+        assert rl.pass_at_k(n, c, k) == pytest.approx(sum(any(p) for p in picks) / len(picks))
+
+
+def test_the_interval_is_wilsons():
+    """0 of 10 gives 0 to 0.2775, 5 of 10 gives 0.2366 to 0.7634 (textbook values, z = 1.96)."""
+    assert rl.wilson_interval(0.0, 10) == (pytest.approx(0.0, abs=1e-9),
+                                           pytest.approx(0.2775, abs=1e-4))
+    assert rl.wilson_interval(0.5, 10) == (pytest.approx(0.2366, abs=1e-4),
+                                           pytest.approx(0.7634, abs=1e-4))
+
+
+def test_the_walk_through_the_problems_takes_each_once_an_epoch():
+    taken = [i for step in range(7) for i in rl.prompts_of_step(step, list(range(14)), 4, seed=3)]
+    assert sorted(taken[:14]) == sorted(taken[14:]) == list(range(14))
+    assert taken[:14] != taken[14:]
+
+
+def test_the_hackable_reward_pays_a_list_of_digits_and_the_exact_one_does_not():
+    assert rl.hackable_reward("495", "#### 495") == rl.hackable_reward("495", "0123456789") == 1.0
+    assert rl.hackable_reward("495", "4 and 5") == pytest.approx(2 / 3)
+    assert rl.TenQuestions().reward(1, "0123456789") == 0.0
+    assert rl.TenQuestions().reward(1, "#### 495") == 1.0
+
+
+def test_the_ten_questions_are_ten_and_have_the_answers_they_say():
+    """The arithmetic again, by other means: the expression each question asks for."""
+    work = [237 - 219, 55 * 9, 161 + 140, 38 * 16, 252 + 252 + 182, 45 * 5, 204 - 99, 116 - 6 * 12,
+            96 - 25 + 180, 8 * 47]
+    assert [str(value) for value in work] == [answer for _, answer in rl.TEN_QUESTIONS]
+
+
+# ---- the run -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A model that answers any problem with 5, 6, 7 or 8 by chance; 7 is right, always."""
+    folder, rng = tmp_path_factory.mktemp("rl"), random.Random(0)
+    texts = [f"Problem {i}: what is it?\n#### {i % 10}" for i in range(200)]
+    for index in range(2):
+        pq.write_table(pa.table({"text": texts}), folder / f"shard_{index:05d}.parquet")
+    assert load("11_tokenizer").main(
+        ["--data-dir", str(folder), "--vocab-size", "280", "--no-gpt2"]) == 0
+    chats = [{"messages": [{"role": "user", "content": f"Problem {rng.randrange(100)}"},
+                           {"role": "assistant", "content": f"#### {rng.choice('5678')}"}]}
+             for _ in range(300)]
+    (folder / "tiny_chat_train.jsonl").write_text("".join(json.dumps(c) + "\n" for c in chats))
+    for split, count in (("train", 40), ("test", 12)):
+        problems = [{"question": f"Problem {i}", "answer": "It is seven.\n#### 7"}
+                    for i in range(count)]
+        (folder / f"tiny_gsm_{split}.jsonl").write_text(
+            "".join(json.dumps(p) + "\n" for p in problems))
+    tokenizer = sft.Tokenizer.from_dir(folder / "tokenizer")
+    torch.manual_seed(0)
+    model = sft.GPT(sft.GPTConfig(48, tokenizer.get_vocab_size(), 1, 2, 2, 32))
+    config = sft.Config(data_dir=folder, num_epochs=4, rows_per_step=16, plot=False, eval_prompts=0,
+                        max_problems=0, sample_every=10**6, eval_every=10**6, save_every=10**6)
+    load("12_pretrain").save_checkpoint(folder / "base", model, tokenizer, 0, {}, config)
+    (folder / "hidden").mkdir()
+    for split in ("train", "test"):  # their format is not what fine-tuning reads
+        (folder / f"tiny_gsm_{split}.jsonl").rename(folder / "hidden" / f"tiny_gsm_{split}.jsonl")
+    sft.train(config)
+    for split in ("train", "test"):
+        (folder / "hidden" / f"tiny_gsm_{split}.jsonl").rename(folder / f"tiny_gsm_{split}.jsonl")
+    return folder
+
+
+def settings(world, stage, **changes):
+    small = {"num_samples": 8, "prompts_per_step": 4, "max_new_tokens": 8, "num_steps": 6,
+             "eval_problems": 12, "probe_prompts": 4, "save_every": 2, "eval_every": 100,
+             "plot": False, "lr": 3e-3, "warmup_steps": 1}
+    return rl.Config(data_dir=world, stage=stage, **{**small, **changes})
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"normalize_std": True}, {"clip": 0.2, "epochs": 2}, {"kl": 0.01},
+    {"device_batch_size": 5}], ids=["plain", "std", "ppo", "kl", "small passes"])
+def test_the_reward_rises_from_chance_to_nearly_always(world, changes):
+    """One of four answers is right: 25% by chance, above 90% after 25 steps."""
+    result = rl.train(settings(world, "rises", num_steps=25, **changes))
+    rewards = [row["reward"] for row in result["rows"] if row.get("reward") is not None]
+    assert sum(rewards[:3]) / 3 < 0.6 and sum(rewards[-3:]) / 3 > 0.9
+    assert result["after"] == 1.0 and result["n"] == 12
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_it_rises_with_every_seed(world, seed):
+    result = rl.train(settings(world, "seeds", num_steps=25, seed=seed))
+    assert result["rows"][-2]["reward"] > 0.8 and result["after"] == 1.0
+
+
+def test_every_row_of_a_run_has_the_numbers_to_look_at(world):
+    rows = [r for r in rl.train(settings(world, "logged"))["rows"] if r.get("reward") is not None]
+    assert len(rows) == 6
+    for row in rows:
+        assert {"reward", "dead_groups", "tool_use", "length", "entropy", "truncated", "grad_norm",
+                "samples_per_s"} <= set(row)
+        assert 0 <= row["dead_groups"] <= 1 and row["length"] > 0 and row["tool_use"] == 0
+
+
+def test_all_samples_of_a_group_draw_their_own_first_token_and_the_stop_token_is_trained(world):
+    tokenizer = rl.Tokenizer.from_dir(world / "tokenizer")
+    model, _ = rl.load_checkpoint(world / "sft", tokenizer, torch.device("cpu"))
+    talker, task = rl.Engine(model, tokenizer), rl.GSM8K("train", data_dir=world)
+    taken = rl.sample_rollouts(talker, task, [0, 1], settings(world, "x"), seed=5, num_samples=16)
+    assert taken.rewards.shape == (2, 16) and len(taken.ids) == 32
+    assert len(set(taken.replies[:16])) > 1
+    end = tokenizer.encode_special("<|assistant_end|>")
+    for ids, mask, cut in zip(taken.ids, taken.mask, taken.truncated):
+        prompt = len(rl.render_for_completion(task.get_example(0)["messages"], tokenizer))
+        assert not any(mask[: prompt - 1]), "the prompt is not trained"
+        assert cut or (ids[-1] == end and mask[-1] == 1), "or it would never learn to stop"
+
+
+def test_a_resumed_run_is_the_uninterrupted_run_to_the_bit(world, monkeypatch):
+    rl.train(settings(world, "straight"))
+
+    class Killed(BaseException):
+        pass
+
+    real, count = rl.update_policy, iter(range(100))
+
+    def dies(*args):
+        if next(count) == 5:  # after the checkpoint of step 4
+            raise Killed
+        return real(*args)
+
+    monkeypatch.setattr(rl, "update_policy", dies)
+    with pytest.raises(Killed):
+        rl.train(settings(world, "split"))
+    monkeypatch.setattr(rl, "update_policy", real)
+    rl.train(settings(world, "split", resume=True))
+    first, second = (load_file(world / name / "model.safetensors") for name in
+                     ("straight", "split"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_it_refuses_to_start_where_nothing_succeeds_and_says_why(world, capsys):
+    path = world / "impossible.jsonl"
+    path.write_text("".join(json.dumps({"question": f"Problem {i}", "answer": "#### 99"}) + "\n"
+                            for i in range(20)))
+    with pytest.raises(rl.TrainingFailed, match="not one of 32 samples is right"):
+        rl.train(settings(world, "never", path=path))
+    assert "pass@8 0.000" in capsys.readouterr().out
+    assert not (world / "never" / "model.safetensors").exists()
+
+
+def test_it_refuses_to_start_where_everything_succeeds(world):
+    rl.train(settings(world, "learned", num_steps=40))
+    with pytest.raises(rl.TrainingFailed, match="all of 32 samples are right"):
+        rl.train(settings(world, "again", source="learned"))
+
+
+def test_the_hackable_run_says_what_it_shows(world, capsys):
+    rl.train(settings(world, "hacked", reward="hackable", num_steps=2))
+    assert "reward hacking: the reward went from" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags, words", [
+    (("--num-samples", "1"), "at least 2"), (("--temperature", "0"), "nothing can be learned"),
+    (("--epochs", "2"), "--clip"), (("--source", "absent"), "no checkpoint")])
+def test_a_mistake_is_one_message_and_exit_code_2(world, run_script, flags, words):
+    done = run_script("10_rl", *flags, data_dir=world)
+    assert done.returncode == 2
+    assert words in done.stderr and "Traceback" not in done.stderr
