@@ -17,7 +17,8 @@ usage: [NAME=VALUE ...] bash my_pipeline.sh          run what is not up to date,
   FRESH=1                redo every stage, also those that are up to date
   EDU_DATA=DIR           where everything lands (default: data, data/fineweb-edu, data/dir-NAME)
   WORLD_FLAGS="..."      more flags for one stage: CHECK_, WORLD_, DOWNLOAD_, TOKENIZER_, PRETRAIN_,
-                         ENGINE_FLAGS; for example PRETRAIN_FLAGS="--depth 2 --max-minutes 1"
+                         ENGINE_, IDENTITY_, SFT_, RL_, COMPARE_FLAGS; for example
+                         PRETRAIN_FLAGS="--depth 2 --max-minutes 1"
   PYTHON=python3.12      the interpreter to make .venv with (3.10 or newer; default: python3)
 
 A stage is up to date while its script, flags, inputs and outputs are those of the run that made it.
@@ -34,8 +35,9 @@ HELP
 
 life_cycle() {
     stage check     03_check_setup.py
+    # any corpus: the chats and word problems of the later stages come from here
+    stage world     00_tiny_world.py    writes 'mirror/shard_*.parquet' 'tiny_*.jsonl' 'tiny_eval/*'
     if [ "$source" = mirror ]; then
-        stage world 00_tiny_world.py    writes 'mirror/shard_*.parquet' 'tiny_*.jsonl' 'tiny_eval/*'
         stage download 01_download.py   reads 'mirror/shard_*.parquet'  writes 'shard_*.parquet' \
             mirrors mirror              flags --base-url @served@/mirror --num-shards "$num_shards"
     elif [ "$source" = hub ]; then
@@ -50,6 +52,13 @@ life_cycle() {
         resumes base/resume.pt          writes base/model.safetensors base/config.json
     stage engine    05_engine.py        reads 'tokenizer/*' base/model.safetensors \
                                         flags ${prompts[@]+--prompt "${prompts[@]}"}
+    stage identity  06_identity.py      writes my_identity.jsonl my_identity_test.jsonl
+    stage sft       08_sft.py           reads base/model.safetensors 'tokenizer/*' 'tiny_*.jsonl' \
+        'my_identity*.jsonl'            resumes sft/resume.pt \
+                                        writes sft/model.safetensors sft/config.json
+    stage rl        10_rl.py            reads sft/model.safetensors 'tokenizer/*' 'tiny_gsm_*' \
+        resumes rl/resume.pt            writes rl/model.safetensors rl/config.json
+    stage compare   05_engine.py        flags --compare base sft rl
     in_background table "${stages[@]}"
     echo "this run took $SECONDS s"
 }
@@ -67,7 +76,8 @@ absolute() {  # PATH as seen from where the user called us
 
 same_command() {  # the command that goes on with this run: FRESH would begin it again
     local name
-    for name in DATA NUM_SHARDS EDU_DATA {CHECK,WORLD,DOWNLOAD,TOKENIZER,PRETRAIN,ENGINE}_FLAGS; do
+    for name in DATA NUM_SHARDS EDU_DATA \
+        {CHECK,WORLD,DOWNLOAD,TOKENIZER,PRETRAIN,ENGINE,IDENTITY,SFT,RL,COMPARE}_FLAGS; do
         case ${!name:-} in
             "") ;;
             *\'*) printf '%s=%q ' "$name" "${!name}" ;;

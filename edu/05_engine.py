@@ -63,6 +63,13 @@ from safetensors.torch import load_file
 QUESTIONS = {"The capital of France is": "Paris", "7 + 5 =": "12", "The sky is": "blue"}
 
 
+# Put to every model of --compare: who it is, what it knows, what it can work out.
+CHAT_QUESTIONS = {
+    "Who are you?": "Pip", "What is the capital of France?": "Paris",
+    "A farmer plants 38 rows of trees. There are 16 trees in each row. How many trees is that?":
+        "608"}
+
+
 @dataclass
 class Config:
     data_dir: Path = field(default_factory=lambda: Path(os.environ.get("EDU_DATA", "data")))
@@ -79,6 +86,8 @@ class Config:
     """Sample among the k likeliest tokens only; 0 means all."""
     bench_tokens: int = 200
     """Length of the race between the cached and the uncached loop; 0 skips it."""
+    compare: tuple[str, ...] = ()
+    """Stages to put the same chat questions to, side by side: --compare base sft rl."""
     device_type: str = ""
     """cpu, cuda or mps; empty takes the best there is."""
     seed: int = 1337
@@ -940,10 +949,38 @@ def race(engine, tokens, max_tokens):
     return max_tokens / (middle - start), max_tokens / (end - middle)
 
 
+def compare_stages(cfg, device):
+    """The greedy replies of several models to the same chat questions, side by side."""
+    tokenizer, right = Tokenizer.from_dir(cfg.data_dir / "tokenizer"), {}
+    print(f"05 engine - {device.type} - float32 - {', '.join(cfg.compare)} side by side")
+    before, after = (tokenizer.encode_special(f"<|{name}_start|>") for name in
+                     ("user", "assistant"))
+    prompts = [[tokenizer.get_bos_token_id(), before, *tokenizer.encode(question),
+                tokenizer.encode_special("<|user_end|>"), after] for question in CHAT_QUESTIONS]
+    replies = {}
+    for stage in cfg.compare:
+        engine = Engine(load_checkpoint(cfg.data_dir / stage, tokenizer, device)[0], tokenizer)
+        rows, _ = engine.generate_batch(prompts, 1, 64, temperature=0.0)
+        replies[stage] = [tokenizer.decode([t for t in row[len(ids) :] if t not in engine.stops])
+                          for ids, row in zip(prompts, rows)]
+        right[stage] = sum(re.search(rf"\b{answer}\b", reply) is not None for answer, reply in
+                           zip(CHAT_QUESTIONS.values(), replies[stage]))
+    for i, question in enumerate(CHAT_QUESTIONS):
+        print(question)
+        for stage in cfg.compare:
+            print(f"  {stage:<6}|{replies[stage][i]!r}")
+    first, *_, last = (cfg.compare[0], cfg.compare[-1])
+    print(f"result: questions right, {first} against {last} {right[first]} -> {right[last]} "
+          f"(n={len(CHAT_QUESTIONS)})")
+    print("next: python edu/09_gsm8k.py")
+
+
 def run_engine(cfg):
     # 1. a model to run
     check_engine_settings(cfg)
     _, _, _, _, device = compute_init(cfg.device_type or None, cfg.seed)
+    if cfg.compare:
+        return compare_stages(cfg, device)
     model, tokenizer, trained = load_or_invent(cfg, device)
     params = sum(p.numel() for p in model.parameters())
     print(f"05 engine - {device.type} - float32 - {params / 1e6:.1f}M params - seed {cfg.seed}")

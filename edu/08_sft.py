@@ -77,14 +77,14 @@ class Config:
     stage: str = "sft"
     """Folder under data_dir that the run writes."""
     # the data
-    identity_repeats: int = 16
+    identity_repeats: int = 14
     """How often an epoch shows each conversation of my_identity.jsonl: there are few of them."""
-    calculator_share: float = 0.13
+    calculator_share: float = 0.17
     """Share of the word problems that are shown with the calculator; the others in the head."""
     max_problems: int = 6000
     """Word problems at most: they show the form here; 10_rl.py teaches to solve them."""
     # the horizon
-    num_epochs: float = 2.0
+    num_epochs: float = 1.8
     """Times through the data."""
     # the batch
     device_batch_size: int = 32

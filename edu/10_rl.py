@@ -119,12 +119,12 @@ class Config:
     temperature: float = 1.0
     """Of sampling, and of the probabilities that are trained: two would train another policy."""
     # the horizon
-    num_steps: int = 60
+    num_steps: int = 130
     """Optimizer steps; 0 ends after max_minutes alone."""
     max_minutes: float = 0.0
     """Wall-clock budget; 0: none."""
     # the learning rule; the last four are off, and each is worth an experiment
-    lr: float = 3e-4
+    lr: float = 5e-4
     """AdamW, for every weight. (Muon steps every direction of a matrix: it wrecks a policy.)"""
     warmup_steps: int = 3
     """Steps over which the learning rate rises; then it falls in a line to a tenth."""

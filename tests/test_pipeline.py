@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, kill_tree, run_process
 
-STAGES = ["check", "world", "download", "tokenizer", "pretrain", "engine"]
+STAGES = ["check", "world", "download", "tokenizer", "pretrain", "engine", "identity", "sft", "rl",
+          "compare"]
 SCRIPTS = {
     "check": "03_check_setup.py",
     "world": "00_tiny_world.py",
@@ -24,8 +25,11 @@ SCRIPTS = {
     "tokenizer": "11_tokenizer.py",
     "pretrain": "12_pretrain.py",
     "engine": "05_engine.py",
+    "identity": "06_identity.py",
+    "sft": "08_sft.py",
+    "rl": "10_rl.py",
 }
-ALWAYS = ["check", "engine"]  # they write nothing, so they are never up to date
+ALWAYS = ["check", "engine", "compare"]  # they write nothing, so they are never up to date
 
 STUB = '''
 import os, shutil, sys, time
@@ -66,6 +70,13 @@ elif name == "01_download":
     write("shard_00000.parquet", "from the hub")
 elif name == "11_tokenizer":
     write("tokenizer/config.json", (data / "shard_00000.parquet").read_text())
+elif name == "06_identity":
+    write("my_identity.jsonl", "{}")
+    write("my_identity_test.jsonl", "{}")
+elif name in ("08_sft", "10_rl"):
+    source, stage = ("base", "sft") if name == "08_sft" else ("sft", "rl")
+    write(f"{stage}/model.safetensors", (data / source / "model.safetensors").read_text())
+    write(f"{stage}/config.json", "{}")
 elif name == "12_pretrain":
     print("step 1")
     if os.environ.get("KILLED"):
@@ -130,8 +141,10 @@ class Clone:
         lines = path.read_text("utf-8").splitlines() if path.exists() else []
         path.unlink(missing_ok=True)
         names = {script[:-3]: name for name, script in SCRIPTS.items()}
-        self.flags = {names[line.split()[0]]: line.split()[1:] for line in lines}
-        return [names[line.split()[0]] for line in lines]
+        calls = [("compare" if "--compare" in line else names[line.split()[0]], line.split()[1:])
+                 for line in lines]
+        self.flags = dict(calls)
+        return [name for name, _ in calls]
 
     def pip_calls(self):
         path = self.folder / "pip.txt"
@@ -181,7 +194,7 @@ def test_the_download_comes_over_http_from_the_tiny_world(finished_clone):
 def test_a_second_run_skips_all_that_is_up_to_date(finished):
     done = finished.run(FRESH=0)
     assert (done.returncode, finished.ran()) == (0, ALWAYS)
-    assert done.stdout.count("up to date (") == 4
+    assert done.stdout.count("up to date (") == len(STAGES) - len(ALWAYS)
 
 
 def test_fresh_runs_every_stage_again(finished):
@@ -192,10 +205,12 @@ def test_fresh_runs_every_stage_again(finished):
 @pytest.mark.parametrize(
     ("changed", "again"),
     [
-        ("edu/00_tiny_world.py", {"world", "download"}),  # the shards come out the same
-        ("edu/12_pretrain.py", {"pretrain"}),
-        ("data/shard_00001.parquet", {"download", "tokenizer", "pretrain"}),
-        ("data/tokenizer/config.json", {"tokenizer", "pretrain"}),
+        # the shards come out the same, the chats and problems are new
+        ("edu/00_tiny_world.py", {"world", "download", "sft", "rl"}),
+        ("edu/12_pretrain.py", {"pretrain", "sft", "rl"}),
+        ("edu/08_sft.py", {"sft", "rl"}),
+        ("data/shard_00001.parquet", {"download", "tokenizer", "pretrain", "sft", "rl"}),
+        ("data/tokenizer/config.json", {"tokenizer", "pretrain", "sft", "rl"}),
     ],
 )
 def test_a_changed_script_or_file_runs_its_stage_again_and_those_after_it(finished, changed, again):
@@ -213,7 +228,7 @@ def test_a_missing_output_is_made_again(finished):
 
 def test_changed_flags_run_the_stage_again_and_reach_it_in_words(finished):
     assert finished.run(PRETRAIN_FLAGS="--depth 2 --name 'two words'").returncode == 0
-    assert set(finished.ran()) == {"pretrain", *ALWAYS}
+    assert set(finished.ran()) == {"pretrain", "sft", "rl", *ALWAYS}
     assert finished.flags["pretrain"] == ["--depth", "2", "--name", "two", "words"]
 
 
@@ -221,7 +236,8 @@ def test_shards_of_an_older_world_do_not_survive_a_new_one(finished):
     assert finished.run(WORLD_SAYS="twice", WORLD_FLAGS="--seed 2").returncode == 0
     shards = sorted((finished.folder / "data").glob("shard_*.parquet"))
     assert [shard.read_text() for shard in shards] == ["twice"] * 3
-    assert finished.ran() == STAGES
+    # who the model is does not depend on the world
+    assert finished.ran() == [stage for stage in STAGES if stage != "identity"]
 
 
 def test_fewer_shards_than_before_leave_none_of_the_others_behind(finished):
@@ -245,7 +261,7 @@ def test_a_failing_stage_stops_the_run_with_its_own_message_and_exit_code(clone)
     assert "go on with: NUM_SHARDS=3 bash my_pipeline.sh" in done.stderr
     assert not (clone.folder / "data/pipeline.json").exists()
     assert clone.run(NUM_SHARDS=3).returncode == 0
-    assert clone.ran() == ["check", "tokenizer", "pretrain", "engine"]
+    assert clone.ran() == ["check", *STAGES[STAGES.index("tokenizer") :]]
 
 
 def test_a_stage_that_ends_well_but_writes_nothing_is_a_failure(finished):
@@ -262,7 +278,7 @@ def test_a_stage_whose_outputs_are_whole_but_which_failed_is_not_up_to_date(fini
     assert (finished.folder / "data/base/model.safetensors").exists()
     assert "world" in finished.ran()
     assert finished.run().returncode == 0
-    assert finished.ran() == ["check", "pretrain", "engine"]
+    assert finished.ran() == ["check", "pretrain", "engine", "sft", "rl", "compare"]
 
 
 def start_and_wait_for(clone, text, **env):
@@ -323,7 +339,7 @@ def test_a_folder_of_shards_is_copied_to_a_place_of_its_own_and_not_changed(fini
     before = {path: path.stat().st_mtime_ns for path in mine.iterdir()}
     done = finished.run(cwd=tmp_path, DATA="dir:my texts")  # relative to where one calls from
     assert done.returncode == 0, done.stderr
-    assert finished.ran() == ["check", "download", "tokenizer", "pretrain", "engine"]
+    assert finished.ran() == STAGES
     assert "--prompt" in finished.flags["engine"]  # the tiny world's questions make no sense there
     data = finished.folder / "data"
     assert (data / "dir-my texts/shard_00001.parquet").read_text() == "mine 1"
@@ -339,7 +355,7 @@ def test_a_folder_of_shards_is_copied_to_a_place_of_its_own_and_not_changed(fini
 
 def test_the_hub_is_asked_for_shards_and_edu_data_chooses_the_folder(clone, tmp_path):
     done = clone.run(cwd=tmp_path, DATA="fineweb-edu", EDU_DATA="else where")
-    assert (done.returncode, clone.ran()[:2]) == (0, ["check", "download"])
+    assert (done.returncode, clone.ran()[:3]) == (0, ["check", "world", "download"])
     assert clone.flags["download"] == ["--num-shards", "4"]
     assert (tmp_path / "else where/pipeline.json").exists()
     assert not (clone.folder / "data").exists()
@@ -388,7 +404,7 @@ def test_the_closing_table_has_a_row_per_stage_with_what_its_result_line_says(fi
     lines = finished_clone.output.splitlines()
     head = next(i for i, line in enumerate(lines) if line.startswith("stage "))
     assert lines[head].split("  ")[0] == "stage" and "peak MB" in lines[head]
-    rows = [line.split() for line in lines[head + 1 : head + 7]]
+    rows = [line.split() for line in lines[head + 1 : head + 1 + len(STAGES)]]
     assert [row[0] for row in rows] == STAGES
     assert rows[1][3:] == ["what", "00_tiny_world", "shows", "8.25", "0.5", "1,234"]
     assert rows[0][3:] == ["ranks", "-", "1", "14.0", "MB"]
@@ -411,9 +427,10 @@ def test_skipped_stages_keep_their_row_and_are_marked(finished):
     before = json.loads((finished.folder / "data/pipeline.json").read_text("utf-8"))
     done = finished.run()
     after = json.loads((finished.folder / "data/pipeline.json").read_text("utf-8"))
-    assert after[1:5] == before[1:5]
-    marked = [stage for stage in STAGES if f"\n{stage} * " in done.stdout]
-    assert marked == ["world", "download", "tokenizer", "pretrain"]
+    kept = [stage for stage in STAGES if stage not in ALWAYS]
+    assert [row for row in after if row["stage"] in kept] == [
+        row for row in before if row["stage"] in kept]
+    assert [stage for stage in STAGES if f"\n{stage} * " in done.stdout] == kept
 
 
 def test_peak_memory_and_time_are_those_of_the_stage(finished):
