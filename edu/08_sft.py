@@ -77,11 +77,11 @@ class Config:
     stage: str = "sft"
     """Folder under data_dir that the run writes."""
     # the data
-    identity_repeats: int = 14
+    identity_repeats: int = 24
     """How often an epoch shows each conversation of my_identity.jsonl: there are few of them."""
-    calculator_share: float = 0.17
+    calculator_share: float = 0.35
     """Share of the word problems that are shown with the calculator; the others in the head."""
-    max_problems: int = 6000
+    max_problems: int = 5000
     """Word problems at most: they show the form here; 10_rl.py teaches to solve them."""
     # the horizon
     num_epochs: float = 1.8
@@ -1325,9 +1325,12 @@ def lr_scale_at(progress, warmup_ratio):
 
 
 def in_the_head(messages):
-    """The same conversation without the calculator: calls and results are left out."""
+    """The same conversation without the calculator, and with words that say so.
+
+    Those first words are one clear choice between two ways, which 10_rl.py can weigh.
+    """
     def plain(content):
-        return content if isinstance(content, str) else "".join(
+        return content if isinstance(content, str) else "In my head: " + "".join(
             part["text"] for part in content if part["type"] == "text")
 
     return [{**message, "content": plain(message["content"])} for message in messages]

@@ -27,9 +27,10 @@ Run:
 
 Expect:
     10 rl - cpu - float32 - ...M params - seed 1337
-    before: pass@1 0.05, pass@16 0.45 (32 problems x 16 samples)
-    step  reward   dead   tool  length  entropy  cut  |grad|  samples/s
-    result: held-out problems right, greedy 0.05 -> 0.95 (n=400)
+    before: pass@1 0.07, ... (32 problems x 16 samples)
+    step  reward   dead   tool  length  entropy  cut  |grad|  samples/s   right
+    after: 90% of 400 held-out problems right, greedy (95% interval 87% to 93%), ...
+    result: held-out problems right, greedy 0.05 -> 0.90 (n=400)
 
 Writes:
     rl/model.safetensors
@@ -1583,18 +1584,21 @@ def prompts_of_step(step, numbers, count, seed):
 
 
 def refuse_hopeless(rollouts, K):
-    """Print pass@k of the model as it is; raise TrainingFailed where there is nothing to learn."""
+    """Print pass@k of the model as it is; raise TrainingFailed where there is nothing to learn.
+
+    pass@k counts right answers; whether there is anything to learn, the trained reward decides.
+    """
     counts = [int(row.sum()) for row in rollouts.correct]
     passes = {k: sum(pass_at_k(K, c, k) for c in counts) / len(counts)
               for k in (1, 2, 4, 8, 16, 32, 64) if k <= K}
     print("before: " + ", ".join(f"pass@{k} {share:.3f}" for k, share in passes.items())
           + f" ({len(counts)} problems x {K} samples)")
-    if max(counts) == 0:
+    if rollouts.rewards.max() == 0:
         raise TrainingFailed(
             f"not one of {len(counts) * K} samples is right, so no sample is better than another "
             "and there is nothing to learn from. Start from a model that succeeds now and then:\n"
             "  fine-tune it longer, or with --calculator-share 0.3 (python edu/08_sft.py)")
-    if min(counts) == K:
+    if rollouts.rewards.min() == 1:
         raise TrainingFailed(
             f"all of {len(counts) * K} samples are right: every group is dead, there is nothing "
             "left to learn. Take harder problems (--path), or another model (--source).")

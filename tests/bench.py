@@ -39,7 +39,8 @@ from conftest import EDU, ROOT, load
 
 # name in bench.json: (what, at least); the order is the README's.
 ROWS = {
-    "pipeline": ("`bash my_pipeline.sh`, installation aside", "300 s"),
+    "pipeline": ("`bash my_pipeline.sh` whole, installation aside", "480 s"),
+    "base": ("of it, up to the samples of the base model", "300 s"),
     "bigram": ("tiny world, bits per byte on validation, beside a table of word pairs", "2x"),
     "xz": ("the same beside a packer that has the training text as its prefix", "1x"),
     "shakespeare": ("tinyshakespeare to 2.712 bits per byte, both processes from their start",
@@ -54,9 +55,10 @@ ROWS = {
     "decode 16": ("decoding, 16 rows", "2x"),
     "decode 16 nanochat": ("decoding, 16 rows", "1x"),
     "cache": ("256 new tokens with the cache, and without", "8x"),
+    "rl": ("RL, rollout and update, 8 prompts x 16 samples decoded together", "3x"),
     "loader": ("loader, and raw tiktoken on the same text", "0.85x"),
     "loader memory": ("resident growth while streaming a parquet file of 1 GB", "50 MB"),
-    "suite": ("`bash tests/run.sh`, installation aside", "240 s"),
+    "suite": ("`bash tests/run.sh`, installation aside", "300 s"),
 }
 LESS_IS_MORE = ("s", "MB", "bits per byte")  # units
 
@@ -72,8 +74,8 @@ NANOGPT_FLAGS = (  # of nanoGPT's README, for a machine without a GPU
     "--batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 "
     "--dropout=0.0")
 
-Benchmark = Literal["all", "table", "shakespeare", "train", "decode", "cache", "loader", "xz",
-                    "pipeline", "suite"]
+Benchmark = Literal["all", "table", "shakespeare", "train", "decode", "cache", "rl", "loader",
+                    "xz", "pipeline", "suite"]
 
 
 def folder_from(variable):
@@ -470,6 +472,37 @@ def bench_cache(config, new=256):
                            "without")}
 
 
+def bench_rl(config):
+    """Samples/s of a step of RL: all prompts decoded together, and a group at a time."""
+    import torch
+
+    rl = load("10_rl")
+    if not (config.data_dir / "sft" / "model.safetensors").is_file():
+        raise Skipped(f"rl (no {config.data_dir / 'sft'}; first: bash my_pipeline.sh)")
+    cfg = rl.Config(data_dir=config.data_dir)
+    tokenizer = rl.Tokenizer.from_dir(cfg.data_dir / "tokenizer")
+    model, _ = rl.load_checkpoint(cfg.data_dir / "sft", tokenizer, torch.device("cpu"))
+    task, engine = rl.GSM8K("train", data_dir=cfg.data_dir), rl.Engine(model, tokenizer)
+    optimizer = rl.AdamW([{"params": model.parameters(), "lr": 0.0}])  # each turn does the same
+    chosen = rl.prompts_of_step(0, list(range(len(task))), cfg.prompts_per_step, cfg.seed)
+
+    def step(groups):
+        parts = [rl.sample_rollouts(engine, task, group, cfg, seed=1) for group in groups]
+        together = {}
+        for name in vars(parts[0]):
+            values = [getattr(part, name) for part in parts]
+            together[name] = (torch.cat(values) if isinstance(values[0], torch.Tensor) else
+                              [row for value in values for row in value])
+        rl.update_policy(model, optimizer, None, rl.Rollouts(**together), cfg, lr=0.0)
+
+    seconds = take_turns({"together": lambda: step([chosen]),
+                          "one group at a time": lambda: step([[i] for i in chosen])},
+                         config.rounds)
+    N = len(chosen) * cfg.num_samples
+    return {"rl": entry(round(N / seconds["together"]), "samples/s",
+                        round(N / seconds["one group at a time"]), "one group at a time")}
+
+
 def bench_loader(config):
     """Tokens/s beside raw tiktoken, and what streaming a large file adds to the process."""
     import loader_bench
@@ -537,7 +570,11 @@ def bench_pipeline(config):
     if not path.is_file():
         raise Skipped(f"pipeline (no {path}; first: bash my_pipeline.sh)")
     rows = json.loads(path.read_text(encoding="utf-8"))
-    return {"pipeline": entry(round(sum(row["seconds"] for row in rows), 1), "s")}
+    seconds = {row["stage"]: row["seconds"] for row in rows}
+    base = [seconds.get(name, 0.0) for name in
+            ("check", "world", "download", "tokenizer", "pretrain", "engine")]
+    return {"pipeline": entry(round(sum(seconds.values()), 1), "s"),
+            "base": entry(round(sum(base), 1), "s")}
 
 
 def bench_suite(config):
@@ -550,7 +587,7 @@ def bench_suite(config):
 # ---- the command line ----------------------------------------------------------------------------
 
 BENCHMARKS = {"shakespeare": bench_shakespeare, "train": bench_train, "decode": bench_decode,
-              "cache": bench_cache, "loader": bench_loader, "xz": bench_xz,
+              "cache": bench_cache, "rl": bench_rl, "loader": bench_loader, "xz": bench_xz,
               "pipeline": bench_pipeline, "suite": bench_suite}
 
 

@@ -164,7 +164,7 @@ def test_a_problem_in_the_head_has_the_same_text_and_no_calculator():
         {"type": "text", "text": "It is "}, {"type": "python", "text": "3*4"},
         {"type": "python_output", "text": "12"}, {"type": "text", "text": "12.\n#### 12"}]}]
     assert sft.in_the_head(messages) == [messages[0], {"role": "assistant",
-                                                       "content": "It is 12.\n#### 12"}]
+                                                       "content": "In my head: It is 12.\n#### 12"}]
 
 
 # ---- the run -------------------------------------------------------------------------------------

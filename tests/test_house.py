@@ -37,8 +37,8 @@ SMALLEST = {
     "--sequence-len 64 --total-batch-size 512 --device-batch-size 8 --eval-tokens 1024",
     "05_engine": "--bench-tokens 16",
     "08_sft": "--identity-repeats 1 --num-epochs 0.2 --eval-prompts 4 --eval-rows 8 --eval-every 8",
-    "10_rl": "--num-steps 2 --num-samples 4 --prompts-per-step 2 --eval-problems 4 "
-    "--probe-prompts 2 --max-new-tokens 8 --reward hackable",
+    "10_rl": "--num-steps 2 --num-samples 8 --prompts-per-step 2 --eval-problems 4 "
+    "--probe-prompts 4 --max-new-tokens 24 --reward hackable",
 }
 SCRIPTS = sorted(path.stem for path in EDU.glob("*.py"))
 NAMES = sorted(SCRIPTS, key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER))
