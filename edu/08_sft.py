@@ -78,13 +78,14 @@ class Config:
     """Folder under data_dir that the run writes."""
     # the data
     identity_repeats: int = 24
-    """How often an epoch shows each conversation of my_identity.jsonl: there are few of them."""
+    """How often an epoch shows each conversation of my_identity.jsonl, each time from another turn
+    on: there are few of them."""
     calculator_share: float = 0.35
     """Share of the word problems that are shown with the calculator; the others in the head."""
-    max_problems: int = 5000
+    max_problems: int = 4000
     """Word problems at most: they show the form here; 10_rl.py teaches to solve them."""
     # the horizon
-    num_epochs: float = 1.8
+    num_epochs: float = 2.2
     """Times through the data."""
     # the batch
     device_batch_size: int = 32
@@ -1336,6 +1337,14 @@ def in_the_head(messages):
     return [{**message, "content": plain(message["content"])} for message in messages]
 
 
+def begin_later(conversation, exchange):
+    """The conversation from one of its exchanges on: what is asked later may be asked first."""
+    messages = conversation["messages"]
+    if messages[0]["role"] == "system":
+        return conversation
+    return {"messages": messages[2 * (exchange % (len(messages) // 2)) :]}
+
+
 def answer_is_right(reply, answers):
     """Does the reply hold one of the answers, as whole words, whatever their case?"""
     return any(re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", reply, re.IGNORECASE)
@@ -1417,10 +1426,12 @@ def training_rows(cfg, tokenizer, max_tokens):
             shown = torch.rand(len(conversations), generator=generator) < cfg.calculator_share
             conversations = [row if with_tool else {"messages": in_the_head(row["messages"])}
                              for row, with_tool in zip(conversations, shown)]
-        new, counts = render_rows(conversations, tokenizer, max_tokens)
+        for repeat in range(repeats):
+            new, counts = render_rows([begin_later(conversation, repeat) for conversation in
+                                       conversations], tokenizer, max_tokens)
+            rows += new
         lines.append(f"{name}: {len(new)} rows x {repeats}, {counts['cut']} cut, "
                      f"{counts['dropped']} dropped")
-        rows += new * repeats
     if not rows:
         raise UserError(f"no conversations in {cfg.data_dir}. Make some: python "
                         "edu/06_identity.py (and edu/00_tiny_world.py for chats and problems)")

@@ -120,7 +120,7 @@ class Config:
     temperature: float = 1.0
     """Of sampling, and of the probabilities that are trained: two would train another policy."""
     # the horizon
-    num_steps: int = 130
+    num_steps: int = 80
     """Optimizer steps; 0 ends after max_minutes alone."""
     max_minutes: float = 0.0
     """Wall-clock budget; 0: none."""

@@ -167,6 +167,13 @@ def test_a_problem_in_the_head_has_the_same_text_and_no_calculator():
                                                        "content": "In my head: It is 12.\n#### 12"}]
 
 
+def test_a_conversation_begins_at_each_of_its_exchanges_in_turn():
+    turns = [{"role": role, "content": f"{role} {i}"} for i in range(3)
+             for role in ("user", "assistant")]
+    begun = [sft.begin_later({"messages": turns}, i)["messages"] for i in range(4)]
+    assert begun == [turns, turns[2:], turns[4:], turns]
+
+
 # ---- the run -------------------------------------------------------------------------------------
 
 
