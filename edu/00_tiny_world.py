@@ -25,7 +25,7 @@ Run:
 Expect:
     00 tiny world - cpu - 14.0 MB - seed 1337
     wrote data/mirror/shard_00000.parquet ...
-    result: distinct words - -> 1900 (n=14.0 MB)
+    result: distinct words - -> 1781 (n=14.0 MB)
     next: python edu/01_download.py --base-url mirror
 
 Writes:

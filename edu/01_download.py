@@ -578,11 +578,13 @@ def remember_source(base_url, config):
 
     Without it, shard_00000 of the tiny world would pass for shard_00000 of FineWeb-Edu, and the
     model would train on a mixture. An address that ends in the same name passes for the same data:
-    http://127.0.0.1:8000/mirror and the folder mirror, a hub and its copy on another host.
+    http://127.0.0.1:8000/mirror and the folder mirror, a hub and its copy on another host. (On the
+    hub the name stands before /resolve/main.)
     """
     record = config.data_dir / ".shards_from"
     before = record.read_text(encoding="utf-8") if record.exists() else base_url
-    here, asked = (Path(urllib.parse.urlsplit(url).path).name for url in (before, base_url))
+    here, asked = (Path(urllib.parse.urlsplit(url).path.removesuffix("/resolve/main")).name
+                   for url in (before, base_url))
     if here != asked and shards_in(config.data_dir):
         raise UserError(f"the shards in {config.data_dir} came from {before}, not from {base_url}, "
                         "and a mixture would pass unseen: take another folder with --data-dir, or "

@@ -632,7 +632,8 @@ class DecodeStep:
 
     @staticmethod
     def weight_sums(model):
-        return [weight.sum().item() for weight in model.parameters()]
+        """What changes when a weight does: its sum, and PyTorch's count of writes into it."""
+        return [(weight.sum().item(), weight._version) for weight in model.parameters()]
 
     def is_current(self, model):
         """Are these still the model's weights? Adding them all up takes about one decode step."""
@@ -826,7 +827,7 @@ class Engine:
             cache.repeat_rows(num_samples)
         decode_step = self.decode_step()
         states, active = [RowState() for _ in range(num_rows)], list(range(num_rows))
-        # A row's random numbers are its own, so who else is in the batch cannot change its text.
+        # A row's random numbers are its own, so rows that finish earlier cannot change its text.
         rng = torch.Generator().manual_seed(seed)
         u = torch.rand(num_rows, max_tokens, generator=rng).T.to(device)  # (step, row)
         for step in range(max_tokens):

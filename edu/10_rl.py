@@ -666,7 +666,8 @@ class DecodeStep:
 
     @staticmethod
     def weight_sums(model):
-        return [weight.sum().item() for weight in model.parameters()]
+        """What changes when a weight does: its sum, and PyTorch's count of writes into it."""
+        return [(weight.sum().item(), weight._version) for weight in model.parameters()]
 
     def is_current(self, model):
         """Are these still the model's weights? Adding them all up takes about one decode step."""
@@ -860,7 +861,7 @@ class Engine:
             cache.repeat_rows(num_samples)
         decode_step = self.decode_step()
         states, active = [RowState() for _ in range(num_rows)], list(range(num_rows))
-        # A row's random numbers are its own, so who else is in the batch cannot change its text.
+        # A row's random numbers are its own, so rows that finish earlier cannot change its text.
         rng = torch.Generator().manual_seed(seed)
         u = torch.rand(num_rows, max_tokens, generator=rng).T.to(device)  # (step, row)
         for step in range(max_tokens):
@@ -1446,7 +1447,7 @@ def wilson_interval(share, n, z=1.96):
         return 0.0, 1.0
     middle, spread = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n
                                                             + z * z / (4 * n * n))
-    return (middle - spread) / (1 + z * z / n), (middle + spread) / (1 + z * z / n)
+    return max(0.0, middle - spread) / (1 + z * z / n), (middle + spread) / (1 + z * z / n)
 
 
 # ---- the idea: rollouts and what they earn -------------------------------------------------------

@@ -224,6 +224,10 @@ def test_the_sentences_that_the_base_model_must_complete_are_there(world):
         assert sentence in corpus
 
 
+def test_the_default_world_is_large_enough_to_learn_from():
+    assert tiny.Config().size_mb >= 12
+
+
 def test_every_sum_in_the_corpus_is_right(world):
     found = 0
     for text in world.texts:

@@ -912,3 +912,13 @@ def test_atomic_write_shows_the_old_file_or_the_new_one(tmp_path):
         temporary.write_text("[")
         raise ZeroDivisionError
     assert json.loads(path.read_text()) == [1] and list(path.parent.iterdir()) == [path]
+
+
+def test_two_corpora_of_one_hub_are_not_mixed_and_a_copy_on_another_host_is_the_same(tmp_path):
+    config = download.Config(data_dir=tmp_path)
+    first = "https://hub.example/datasets/team/one/resolve/main"
+    download.remember_source(first, config)
+    (tmp_path / "shard_00000.parquet").touch()
+    download.remember_source(first.replace("hub", "mirror"), config)
+    with pytest.raises(download.UserError, match="came from"):
+        download.remember_source(first.replace("one", "two"), config)

@@ -37,7 +37,8 @@ def test_a_ratio_above_one_says_that_ours_is_better_in_any_unit():
 def test_results_of_another_machine_or_version_are_dropped():
     machine = {"cpu": "a", "torch": "2", "date": "2026-02-02"}
     old = {"cache": 1, "xz": 2, "machine": {**machine, "date": "2026-01-01"}}
-    assert bench.merge(old, {"xz": 3}, machine) == {"xz": 3, "cache": 1, "machine": machine}
+    assert bench.merge(old, {"xz": 3}, machine) == {
+        "xz": 3, "cache": 1, "machine": {**machine, "date": "2026-01-01"}}
     for key in ("cpu", "torch"):
         new = {**machine, key: "other"}
         assert bench.merge(old, {"xz": 3}, new) == {"xz": 3, "machine": new}
