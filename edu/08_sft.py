@@ -632,8 +632,7 @@ class DecodeStep:
 
     @staticmethod
     def weight_sums(model):
-        """What changes when a weight does: its sum, and PyTorch's count of writes into it."""
-        return [(weight.sum().item(), weight._version) for weight in model.parameters()]
+        return [weight.sum().item() for weight in model.parameters()]
 
     def is_current(self, model):
         """Are these still the model's weights? Adding them all up takes about one decode step."""
@@ -1370,19 +1369,24 @@ def held_out_prompts(data_dir, limit):
 
 
 def ask_all(engine, prompts, max_tokens=80, batch_size=64):
-    """Greedy replies to [(messages, answers)]: list of (reply without end token, it stopped)."""
-    tokenizer, replies = engine.tokenizer, []
+    """Greedy replies to [(messages, answers)]: list of (reply without end token, it stopped).
+
+    A prompt that fills the context has no reply: ("", False).
+    """
+    tokenizer, context = engine.tokenizer, engine.model.config.sequence_len
     ids = [render_for_completion(messages, tokenizer) for messages, _ in prompts]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # like lengths: little padding
-    end = tokenizer.encode_special("<|assistant_end|>")
-    for i in range(0, len(order), batch_size):
-        batch = [ids[j] for j in order[i : i + batch_size]]
-        room = engine.model.config.sequence_len - max(map(len, batch))
+    fit = [i for i in order if len(ids[i]) < context]
+    replies, end = [], tokenizer.encode_special("<|assistant_end|>")
+    for i in range(0, len(fit), batch_size):
+        batch = [ids[j] for j in fit[i : i + batch_size]]
+        room = context - max(map(len, batch))
         results, _ = engine.generate_batch(batch, 1, min(max_tokens, room), temperature=0.0)
         for prompt, row in zip(batch, results):
             new = row[len(prompt) :]
             replies.append((tokenizer.decode([t for t in new if t not in engine.stops]),
                             new[-1] == end))
+    replies += [("", False)] * (len(order) - len(fit))
     return [reply for _, reply in sorted(zip(order, replies))]
 
 

@@ -666,8 +666,7 @@ class DecodeStep:
 
     @staticmethod
     def weight_sums(model):
-        """What changes when a weight does: its sum, and PyTorch's count of writes into it."""
-        return [(weight.sum().item(), weight._version) for weight in model.parameters()]
+        return [weight.sum().item() for weight in model.parameters()]
 
     def is_current(self, model):
         """Are these still the model's weights? Adding them all up takes about one decode step."""
@@ -1723,6 +1722,12 @@ def train(cfg):
     params = sum(p.numel() for p in model.parameters())
     print(f"10 rl - {device.type} - float32 - {params / 1e6:.1f}M params - seed {cfg.seed}")
     task, numbers, held_out, test_numbers = load_tasks(cfg)
+    numbers, test_numbers = (
+        [i for i in some if len(render_for_completion(of.get_example(i)["messages"], tokenizer))
+         < model.config.sequence_len] for of, some in ((task, numbers), (held_out, test_numbers)))
+    if not numbers or not test_numbers:
+        raise UserError(f"no problem is shorter than the context of {model.config.sequence_len} "
+                        "tokens: train a base model with a longer --sequence-len.")
     engine, reference = Engine(model, tokenizer), copy.deepcopy(model) if cfg.kl else None
     optimizer = AdamW([{"params": model.parameters(), "lr": cfg.lr}], betas=(0.9, 0.95), eps=1e-8)
     per_step = min(cfg.prompts_per_step, len(numbers)) if not cfg.ten_questions else 10

@@ -41,7 +41,7 @@ from conftest import EDU, ROOT, load
 ROWS = {
     "pipeline": ("`bash my_pipeline.sh` whole, installation aside", "480 s"),
     "base": ("of it, up to the samples of the base model", "300 s"),
-    "bigram": ("tiny world, bits per byte on validation, beside a table of word pairs", "2x"),
+    "bigram": ("tiny world, bits per byte on validation, beside counted token pairs", "2x"),
     "xz": ("the same beside a packer that has the training text as its prefix", "1x"),
     "shakespeare": ("tinyshakespeare to 2.712 bits per byte, both processes from their start",
                     "10 s"),
@@ -548,7 +548,7 @@ def packed_bpb(before, data):
 
 
 def bench_xz(config):
-    """Bits per byte on the validation text: the model, xz and the table of word pairs."""
+    """Bits per byte on the validation text: the model, xz and counted token pairs."""
     import pyarrow.parquet as pq
 
     shards, _ = made_by_pipeline(config, "xz")

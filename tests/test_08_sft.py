@@ -18,9 +18,9 @@ pretrain = load("12_pretrain")
 ANIMALS = {"cat": "meow", "dog": "woof", "cow": "moo", "duck": "quack", "sheep": "baa"}
 
 
-def chat(question, answer, **more):
+def chat(question, reply, **more):
     return {"messages": [{"role": "user", "content": question},
-                         {"role": "assistant", "content": answer}], **more}
+                         {"role": "assistant", "content": reply}], **more}
 
 
 def write_jsonl(path, conversations):
@@ -189,7 +189,7 @@ def assert_same_weights(a, b, tolerance=0.0):
 
 def test_it_learns_to_answer_and_to_stop_and_says_so(world, capsys):
     """From noise to the right sound in a phrasing it has not seen, and an end after each reply."""
-    cfg = settings(world, "learns", num_epochs=12, eval_every=50, save_every=1000, log_every=50,
+    cfg = settings(world, "learns", num_epochs=25, eval_every=50, save_every=1000, log_every=50,
                    eval_prompts=10, plot=True)
     done = sft.train(cfg)
     assert done["table"]["facts"][1] == 0 and done["table"]["facts"][2] >= 0.8

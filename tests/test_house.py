@@ -34,7 +34,7 @@ SMALLEST = {
     "11_tokenizer": "--vocab-size 512 --no-gpt2 --eval-chars 100000",
     "02_dataloader": "--timed-chars 100000",
     "12_pretrain": "--depth 1 --num-iterations 4 --eval-every 2 --save-every 4 --compile off "
-    "--sequence-len 64 --total-batch-size 512 --device-batch-size 8 --eval-tokens 1024",
+    "--sequence-len 192 --total-batch-size 1536 --device-batch-size 8 --eval-tokens 1024",
     "05_engine": "--bench-tokens 16",
     "08_sft": "--identity-repeats 1 --num-epochs 0.2 --eval-prompts 4 --eval-rows 8 --eval-every 8",
     "10_rl": "--num-steps 2 --num-samples 8 --prompts-per-step 2 --eval-problems 4 "
