@@ -969,7 +969,7 @@ def compare_stages(cfg, device):
         print(question)
         for stage in cfg.compare:
             print(f"  {stage:<6}|{replies[stage][i]!r}")
-    first, *_, last = (cfg.compare[0], cfg.compare[-1])
+    first, last = cfg.compare[0], cfg.compare[-1]
     print(f"result: questions right, {first} against {last} {right[first]} -> {right[last]} "
           f"(n={len(CHAT_QUESTIONS)})")
     print("next: python edu/09_gsm8k.py")

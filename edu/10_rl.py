@@ -27,10 +27,10 @@ Run:
 
 Expect:
     10 rl - cpu - float32 - ...M params - seed 1337
-    before: pass@1 0.07, ... (32 problems x 16 samples)
+    before: pass@1 0.258, ... (32 problems x 16 samples)
     step  reward   dead   tool  length  entropy  cut  |grad|  samples/s   right
-    after: 90% of 400 held-out problems right, greedy (95% interval 87% to 93%), ...
-    result: held-out problems right, greedy 0.05 -> 0.90 (n=400)
+    after: 98.3% of 400 held-out problems right, greedy (95% interval 96% to 99%), ...
+    result: held-out problems right, greedy 0.013 -> 0.983 (n=400)
 
 Writes:
     rl/model.safetensors
@@ -1453,7 +1453,9 @@ def wilson_interval(share, n, z=1.96):
 
 
 class TenQuestions:
-    """The ten questions as a task, like GSM8K: len, get_example, reward."""
+    """The ten questions as a task, like GSM8K: len, get_example, reward, truths."""
+
+    truths = [answer for _, answer in TEN_QUESTIONS]
 
     def __len__(self):
         return len(TEN_QUESTIONS)
@@ -1462,10 +1464,7 @@ class TenQuestions:
         return {"messages": [{"role": "user", "content": TEN_QUESTIONS[i][0]}]}
 
     def reward(self, i, completion):
-        return float(extract_answer(completion) == TEN_QUESTIONS[i][1])
-
-    def truth(self, i):
-        return TEN_QUESTIONS[i][1]
+        return float(extract_answer(completion) == self.truths[i])
 
 
 def hackable_reward(truth, completion):
@@ -1505,14 +1504,10 @@ def sample_rollouts(engine, task, indices, cfg, seed, num_samples=None, temperat
     of = [i for i in indices for _ in range(K)]
     correct = torch.tensor([task.reward(i, reply) for i, reply in zip(of, replies)]).view(-1, K)
     rewards = correct if cfg.reward == "exact" else torch.tensor(
-        [hackable_reward(truth_of(task, i), reply) for i, reply in zip(of, replies)]).view(-1, K)
+        [hackable_reward(task.truths[i], reply) for i, reply in zip(of, replies)]).view(-1, K)
     start = special("<|python_start|>")
     return Rollouts(ids, mask, replies, rewards, correct, [start in row for row in new],
                     [row[-1] not in engine.stops for row in new], [len(row) for row in new])
-
-
-def truth_of(task, i):
-    return task.truth(i) if isinstance(task, TenQuestions) else task.truths[i]
 
 
 def pad_rows(ids, mask, device):
@@ -1713,6 +1708,8 @@ def train(cfg):
     """
     started = time.perf_counter()
     check_rl_settings(cfg)
+    if os.environ.get("RANK"):
+        raise UserError("this challenge trains in one process: start it with python, not torchrun.")
     _, _, _, _, device = compute_init(cfg.device_type or None, cfg.seed)
     folder = cfg.data_dir / cfg.stage
 
