@@ -73,23 +73,23 @@ from tqdm import tqdm
 
 # ---- settings ------------------------------------------------------------------------------------
 
-# The seed of this whole project asks for ten math questions and more right answers over time.
+# Ten fixed questions in the words of the tiny world, with numbers that stand in none of its files.
 TEN_QUESTIONS = (
-    ("Rosa has 237 marbles. Luke has only 219 marbles. How many more does Rosa have?", "18"),
-    ("One cake costs 55 coins. How many coins do 9 of them cost?", "495"),
-    ("A school has 161 girls and 140 boys. How many children is that in all?", "301"),
-    ("A farmer plants 38 rows of trees. There are 16 trees in each row. How many trees is that?",
-     "608"),
-    ("Zoe has 252 biscuits. Tom has 182 more than Zoe. How many biscuits do they have together?",
-     "686"),
-    ("Leah has 45 boxes. There are 5 books in each box. How many books does Leah have in all?",
-     "225"),
-    ("Noah has 204 buttons. He loses 99 of them. How many buttons does Noah have left?", "105"),
-    ("Eli has 116 coins. He buys 6 kites for 12 coins each. How many coins does Eli have left?",
-     "44"),
-    ("There are 96 people on a train. At the first stop 25 people get off. At the next stop 180 "
-     "people get on. How many people are on the train now?", "251"),
-    ("Jane buys 8 presents. Each of them costs 47 coins. How many coins does Jane pay?", "376"),
+    ("Rosa has 241 marbles. Luke has only 198 marbles. How many more does Rosa have?", "43"),
+    ("One cake costs 57 coins. How many coins do 8 of them cost?", "456"),
+    ("A school has 158 girls and 217 boys. How many children is that in all?", "375"),
+    ("A farmer plants 36 rows of trees. There are 17 trees in each row. How many trees is that?",
+     "612"),
+    ("Zoe has 231 biscuits. Tom has 164 more than Zoe. How many biscuits do they have together?",
+     "626"),
+    ("Leah has 47 boxes. There are 6 books in each box. How many books does Leah have in all?",
+     "282"),
+    ("Noah has 213 buttons. He loses 87 of them. How many buttons does Noah have left?", "126"),
+    ("Eli has 131 coins. He buys 7 kites for 13 coins each. How many coins does Eli have left?",
+     "40"),
+    ("There are 94 people on a train. At the first stop 28 people get off. At the next stop 165 "
+     "people get on. How many people are on the train now?", "231"),
+    ("Jane buys 9 presents. Each of them costs 46 coins. How many coins does Jane pay?", "414"),
 )
 
 
