@@ -66,8 +66,8 @@ QUESTIONS = {"The capital of France is": "Paris", "7 + 5 =": "12", "The sky is":
 # Put to every model of --compare: who it is, what it knows, what it can work out.
 CHAT_QUESTIONS = {
     "Who are you?": "Pip", "What is the capital of France?": "Paris",
-    "A farmer plants 38 rows of trees. There are 16 trees in each row. How many trees is that?":
-        "608"}
+    "A farmer plants 46 rows of trees. There are 13 trees in each row. How many trees is that?":
+        "598"}
 
 
 @dataclass

@@ -1216,6 +1216,51 @@ def save_checkpoint(folder, model, tokenizer, step, metrics, config):
 # --- end shared ---
 
 
+# --- shared: resume (home: 12_pretrain.py) ---
+def fingerprint(data):
+    """Of bytes: 12 hexadecimal digits that will be others if a single byte is another."""
+    return hashlib.sha256(data).hexdigest()[:12]
+
+
+def save_resume(folder, cfg, origin, **state):
+    """Write folder/resume.pt: the state of a run, its settings, and what it is made from.
+
+    origin: {what: fingerprint} of what is no setting and yet makes this run this run.
+    """
+    with atomic_write(folder / "resume.pt") as temporary:
+        torch.save({"config": plain_config(cfg), "origin": origin, **state}, temporary)
+
+
+def load_resume(folder, cfg, origin, free):
+    """The contents of resume.pt if --resume asks for it and it is there, else None.
+
+    free: settings that may be others than then. Raises UserError naming all the rest that are: a
+    run that goes on with other settings is neither of the two.
+    """
+    path = folder / "resume.pt"
+    if not path.exists():
+        if cfg.resume:
+            print0(f"nothing to resume, so from the start: there is no {path}")
+        return None
+    if not cfg.resume:
+        print0(f"starting over: {path} will be overwritten (--resume would go on from it)")
+        return None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        then = {**state["config"], **state["origin"]}
+    except Exception as error:  # whatever torch makes of a damaged file, the remedy is one
+        raise UserError(f"{path} cannot be read ({error}).\n  Start over without --resume.") \
+            from error
+    changed = [f"{name} {value} -> {then.get(name)}"
+               for name, value in {**plain_config(cfg), **origin}.items()
+               if name not in free and value != then.get(name)]
+    if changed:
+        raise UserError(f"{path} belongs to another run (now -> then): {', '.join(changed)}.\n"
+                        "  Use the same, or start over without --resume.")
+    return state
+# --- end shared ---
+
+
 # --- shared: metrics (home: 12_pretrain.py) ---
 class MetricsLog:
     """metrics.jsonl, and the same scalars as TensorBoard events; rows after `step` are dropped."""
@@ -1455,40 +1500,15 @@ def validation_loss(model, rows, batch_size, dtype):
 
 
 # What a resumed run may change without becoming another run.
-FREE_TO_CHANGE = {"data_dir", "resume", "eval_every", "eval_rows", "eval_prompts", "sample_every",
+FREE_IN_SFT = {"data_dir", "resume", "eval_every", "eval_rows", "eval_prompts", "sample_every",
                   "log_every", "save_every", "plot", "device_type", "device_batch_size"}
 
 
-def load_sft_resume(folder, cfg, tokenizer, fingerprint):
-    """The contents of resume.pt if --resume asks for it and it is there, else None."""
-    path = folder / "resume.pt"
-    if not path.exists():
-        return None
-    if not cfg.resume:
-        print0(f"starting over: {path} will be overwritten (--resume would go on from it)")
-        return None
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever torch makes of a damaged file, the remedy is one
-        raise UserError(f"{path} cannot be read ({error}).\n  Start over without --resume.") \
-            from error
-    changed = [f"{name} {value} -> {state['config'].get(name)}"
-               for name, value in plain_config(cfg).items()
-               if name not in FREE_TO_CHANGE and value != state["config"].get(name)]
-    if state["fingerprint"] != fingerprint:
-        changed.append("the conversations, the tokenizer or the model to start from")
-    if changed:
-        raise UserError(f"{path} belongs to another run (now -> then): {', '.join(changed)}.\n"
-                        "  Use the same, or start over without --resume.")
-    return state
-
-
-def run_fingerprint(rows, tokenizer, model):
-    """sha256 of what a run is made from: rows, tokenizer and the weights it starts from."""
-    digest = hashlib.sha256(tokenizer.sha256.encode() + json.dumps(rows).encode())
-    for weight in model.parameters():
-        digest.update(weight.detach().cpu().numpy().tobytes())
-    return digest.hexdigest()
+def sft_origin(rows, tokenizer, source):
+    """What the run is made from, besides its settings: {what: fingerprint}."""
+    return {"tokenizer": tokenizer.sha256[:12],
+            "conversations": fingerprint(json.dumps(rows).encode()),
+            "source_model": fingerprint((source / "model.safetensors").read_bytes())}
 
 
 def plot_sft(rows, path):
@@ -1543,8 +1563,8 @@ def train(cfg):
     optimizers, engine = build_optimizers(model, cfg, dtype), Engine(model, tokenizer)
 
     # 2. what it can do before, and where an interrupted run had come to
-    fingerprint = run_fingerprint(rows, tokenizer, model)
-    resumed = load_sft_resume(folder, cfg, tokenizer, fingerprint)
+    origin = sft_origin(rows, tokenizer, cfg.data_dir / cfg.source)
+    resumed = load_resume(folder, cfg, origin, FREE_IN_SFT)
     kinds = held_out_prompts(cfg.data_dir, cfg.eval_prompts) if rank == 0 else {}
     before, first, best = {}, 0, (math.inf, 0)
     if resumed:
@@ -1560,12 +1580,9 @@ def train(cfg):
     def save(step, val_loss):
         if rank:
             return
-        with atomic_write(folder / "resume.pt") as temporary:
-            torch.save({"step": step, "model": model.state_dict(), "best": list(best),
-                        "optimizers": [o.state_dict() for o in optimizers],
-                        "config": plain_config(cfg),
-                        "before": {what: list(row) for what, row in before.items()},
-                        "fingerprint": fingerprint}, temporary)
+        save_resume(folder, cfg, origin, step=step, model=model.state_dict(), best=list(best),
+                    optimizers=[o.state_dict() for o in optimizers],
+                    before={what: list(row) for what, row in before.items()})
         save_checkpoint(folder, model, tokenizer, step, {"val_loss": val_loss}, cfg)
 
     log = MetricsLog(folder, first, cfg.plot) if rank == 0 else None

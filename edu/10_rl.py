@@ -78,18 +78,18 @@ TEN_QUESTIONS = (
     ("Rosa has 241 marbles. Luke has only 198 marbles. How many more does Rosa have?", "43"),
     ("One cake costs 57 coins. How many coins do 8 of them cost?", "456"),
     ("A school has 158 girls and 217 boys. How many children is that in all?", "375"),
-    ("A farmer plants 36 rows of trees. There are 17 trees in each row. How many trees is that?",
-     "612"),
+    ("A farmer plants 37 rows of trees. There are 13 trees in each row. How many trees is that?",
+     "481"),
     ("Zoe has 231 biscuits. Tom has 164 more than Zoe. How many biscuits do they have together?",
      "626"),
-    ("Leah has 47 boxes. There are 6 books in each box. How many books does Leah have in all?",
-     "282"),
+    ("Leah has 53 boxes. There are 5 books in each box. How many books does Leah have in all?",
+     "265"),
     ("Noah has 213 buttons. He loses 87 of them. How many buttons does Noah have left?", "126"),
     ("Eli has 131 coins. He buys 7 kites for 13 coins each. How many coins does Eli have left?",
      "40"),
     ("There are 94 people on a train. At the first stop 28 people get off. At the next stop 165 "
      "people get on. How many people are on the train now?", "231"),
-    ("Jane buys 9 presents. Each of them costs 46 coins. How many coins does Jane pay?", "414"),
+    ("Jane buys 7 presents. Each of them costs 59 coins. How many coins does Jane pay?", "413"),
 )
 
 
@@ -1323,6 +1323,51 @@ def save_checkpoint(folder, model, tokenizer, step, metrics, config):
 # --- end shared ---
 
 
+# --- shared: resume (home: 12_pretrain.py) ---
+def fingerprint(data):
+    """Of bytes: 12 hexadecimal digits that will be others if a single byte is another."""
+    return hashlib.sha256(data).hexdigest()[:12]
+
+
+def save_resume(folder, cfg, origin, **state):
+    """Write folder/resume.pt: the state of a run, its settings, and what it is made from.
+
+    origin: {what: fingerprint} of what is no setting and yet makes this run this run.
+    """
+    with atomic_write(folder / "resume.pt") as temporary:
+        torch.save({"config": plain_config(cfg), "origin": origin, **state}, temporary)
+
+
+def load_resume(folder, cfg, origin, free):
+    """The contents of resume.pt if --resume asks for it and it is there, else None.
+
+    free: settings that may be others than then. Raises UserError naming all the rest that are: a
+    run that goes on with other settings is neither of the two.
+    """
+    path = folder / "resume.pt"
+    if not path.exists():
+        if cfg.resume:
+            print0(f"nothing to resume, so from the start: there is no {path}")
+        return None
+    if not cfg.resume:
+        print0(f"starting over: {path} will be overwritten (--resume would go on from it)")
+        return None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        then = {**state["config"], **state["origin"]}
+    except Exception as error:  # whatever torch makes of a damaged file, the remedy is one
+        raise UserError(f"{path} cannot be read ({error}).\n  Start over without --resume.") \
+            from error
+    changed = [f"{name} {value} -> {then.get(name)}"
+               for name, value in {**plain_config(cfg), **origin}.items()
+               if name not in free and value != then.get(name)]
+    if changed:
+        raise UserError(f"{path} belongs to another run (now -> then): {', '.join(changed)}.\n"
+                        "  Use the same, or start over without --resume.")
+    return state
+# --- end shared ---
+
+
 # --- shared: metrics (home: 12_pretrain.py) ---
 class MetricsLog:
     """metrics.jsonl, and the same scalars as TensorBoard events; rows after `step` are dropped."""
@@ -1641,32 +1686,8 @@ def update_policy(model, optimizer, reference, rollouts, cfg, lr):
 
 
 # What a resumed run may change without becoming another run.
-FREE_IN_RL = {"data_dir", "resume", "num_steps", "max_minutes", "eval_problems", "eval_every",
-              "probe_prompts", "save_every", "plot", "device_type", "device_batch_size"}
-
-
-def load_rl_resume(folder, cfg, tokenizer):
-    """The contents of resume.pt if --resume asks for it and it is there, else None."""
-    path = folder / "resume.pt"
-    if not path.exists():
-        return None
-    if not cfg.resume:
-        print(f"starting over: {path} will be overwritten (--resume would go on from it)")
-        return None
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever torch makes of a damaged file, the remedy is one
-        raise UserError(f"{path} cannot be read ({error}).\n  Start over without --resume.") \
-            from error
-    changed = [f"{name} {value} -> {state['config'].get(name)}"
-               for name, value in plain_config(cfg).items()
-               if name not in FREE_IN_RL and value != state["config"].get(name)]
-    if state["tokenizer_sha256"] != tokenizer.sha256:
-        changed.append("the tokenizer")
-    if changed:
-        raise UserError(f"{path} belongs to another run (now -> then): {', '.join(changed)}.\n"
-                        "  Use the same, or start over without --resume.")
-    return state
+FREE_IN_RL = {"data_dir", "resume", "max_minutes", "eval_problems", "eval_every", "probe_prompts",
+              "save_every", "plot", "device_type", "device_batch_size"}
 
 
 def plot_rl(rows, path, hackable):
@@ -1730,14 +1751,16 @@ def train(cfg):
     per_step = min(cfg.prompts_per_step, len(numbers)) if not cfg.ten_questions else 10
     print(f"{len(numbers)} problems to train on, {len(test_numbers)} held out; "
           f"{per_step} prompts x {cfg.num_samples} samples a step; reward {cfg.reward}")
-    resumed = load_rl_resume(folder, cfg, tokenizer)
-    first = 0
+    origin = {"tokenizer": tokenizer.sha256[:12],
+              "source_model": fingerprint(
+                  (cfg.data_dir / cfg.source / "model.safetensors").read_bytes()),
+              "problems": fingerprint(json.dumps([task.get_example(i) for i in numbers]).encode())}
+    resumed = load_resume(folder, cfg, origin, FREE_IN_RL)
+    first, minutes_before = 0, 0.0
     if resumed:
         model.load_state_dict(resumed["model"])
         optimizer.load_state_dict(resumed["optimizer"])
-        first, before = resumed["step"], resumed["before"]
-        if reference is not None:
-            reference.load_state_dict(load_file(cfg.data_dir / cfg.source / "model.safetensors"))
+        first, before, minutes_before = (resumed[k] for k in ("step", "before", "minutes"))
         print(f"resumed at step {first} of {cfg.num_steps}")
     else:
         probe = prompts_of_step(0, numbers, min(cfg.probe_prompts, len(numbers)), cfg.seed + 10**6)
@@ -1749,10 +1772,9 @@ def train(cfg):
               f"(95% interval {low:.1%} to {high:.1%}), {tool:.0%} with the calculator")
 
     def save(step, metrics):
-        with atomic_write(folder / "resume.pt") as temporary:
-            torch.save({"step": step, "model": model.state_dict(), "before": before,
-                        "optimizer": optimizer.state_dict(), "config": plain_config(cfg),
-                        "tokenizer_sha256": tokenizer.sha256}, temporary)
+        save_resume(folder, cfg, origin, step=step, model=model.state_dict(), before=before,
+                    optimizer=optimizer.state_dict(),
+                    minutes=minutes_before + (time.perf_counter() - loop_started) / 60)
         save_checkpoint(folder, model, tokenizer, step, metrics, cfg)
 
     log = MetricsLog(folder, first, cfg.plot)
@@ -1765,7 +1787,7 @@ def train(cfg):
     bar = tqdm(total=cfg.num_steps or None, initial=first, unit="step", leave=False, disable=None)
     with StopRequest() as stop:
         while step < steps:
-            minutes = (time.perf_counter() - loop_started) / 60
+            minutes = minutes_before + (time.perf_counter() - loop_started) / 60
             if cfg.max_minutes and minutes >= cfg.max_minutes:
                 print(f"--max-minutes {cfg.max_minutes:g} is over at step {step}")
                 break

@@ -1176,6 +1176,51 @@ def plot_loss(rows, ladder, path):
     plt.close(figure)
 
 
+# --- shared: resume (home: 12_pretrain.py) ---
+def fingerprint(data):
+    """Of bytes: 12 hexadecimal digits that will be others if a single byte is another."""
+    return hashlib.sha256(data).hexdigest()[:12]
+
+
+def save_resume(folder, cfg, origin, **state):
+    """Write folder/resume.pt: the state of a run, its settings, and what it is made from.
+
+    origin: {what: fingerprint} of what is no setting and yet makes this run this run.
+    """
+    with atomic_write(folder / "resume.pt") as temporary:
+        torch.save({"config": plain_config(cfg), "origin": origin, **state}, temporary)
+
+
+def load_resume(folder, cfg, origin, free):
+    """The contents of resume.pt if --resume asks for it and it is there, else None.
+
+    free: settings that may be others than then. Raises UserError naming all the rest that are: a
+    run that goes on with other settings is neither of the two.
+    """
+    path = folder / "resume.pt"
+    if not path.exists():
+        if cfg.resume:
+            print0(f"nothing to resume, so from the start: there is no {path}")
+        return None
+    if not cfg.resume:
+        print0(f"starting over: {path} will be overwritten (--resume would go on from it)")
+        return None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        then = {**state["config"], **state["origin"]}
+    except Exception as error:  # whatever torch makes of a damaged file, the remedy is one
+        raise UserError(f"{path} cannot be read ({error}).\n  Start over without --resume.") \
+            from error
+    changed = [f"{name} {value} -> {then.get(name)}"
+               for name, value in {**plain_config(cfg), **origin}.items()
+               if name not in free and value != then.get(name)]
+    if changed:
+        raise UserError(f"{path} belongs to another run (now -> then): {', '.join(changed)}.\n"
+                        "  Use the same, or start over without --resume.")
+    return state
+# --- end shared ---
+
+
 # What a resumed run may change without becoming another run: how it is watched, not what it learns.
 FREE_ON_RESUME = {"data_dir", "resume", "max_minutes", "target_bpb", "log_every", "save_every",
                   "eval_every", "eval_tokens", "plot", "device_type"}
@@ -1201,33 +1246,6 @@ def check_settings(cfg, world_size):
     return cfg.total_batch_size // tokens
 
 
-def load_resume(folder, cfg, tokenizer):
-    """The contents of resume.pt if --resume asks for it and it is there, else None."""
-    path = folder / "resume.pt"
-    if not path.exists():
-        return None
-    if not cfg.resume:
-        print0(f"starting over: {path} will be overwritten (--resume would go on from it)")
-        return None
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever torch makes of a damaged file, the remedy is one
-        raise UserError(f"{path} cannot be read ({error}).\n  Start over without --resume.") \
-            from error
-    if state["tokenizer_sha256"] != tokenizer.sha256:
-        raise UserError(f"{path} was trained with another tokenizer "
-                        f"({state['tokenizer_sha256'][:12]}, here {tokenizer.sha256[:12]}).\n"
-                        "  Start over without --resume.")
-    changed = [f"{name} {value} -> {state['config'][name]}"
-               for name, value in plain_config(cfg).items()
-               if name not in FREE_ON_RESUME and value != state["config"][name]]
-    if changed:
-        raise UserError(f"{path} belongs to a run with other settings (now -> then): "
-                        f"{', '.join(changed)}.\n  Use the same ones, or start over without "
-                        "--resume.")
-    return state
-
-
 def train(cfg):
     """Pretrain as cfg says; returns {"step", "val_bpb", "ladder", "rows"} (rows: metrics.jsonl)."""
     ddp, rank, _, world_size, device = compute_init(cfg.device_type or None, cfg.seed)
@@ -1249,7 +1267,8 @@ def train(cfg):
         1, int(cfg.target_param_data_ratio * num_params) // cfg.total_batch_size)
     flops = flops_per_token(model)
     peak = agree(measure_peak_flops(device, dtype), device, ddp)  # all ranks decide alike
-    resumed = load_resume(folder, cfg, tokenizer)
+    origin = {"tokenizer": tokenizer.sha256[:12]}
+    resumed = load_resume(folder, cfg, origin, FREE_ON_RESUME)
     compiled, why_compile = decide_compile(
         cfg, device, num_iterations * cfg.total_batch_size * flops / peak / world_size, resumed)
     optimizers = build_optimizers(model, cfg, dtype)
@@ -1290,12 +1309,10 @@ def train(cfg):
         if ddp:
             dist.all_gather_object(loaders, loader_state)
         if rank == 0:
-            with atomic_write(folder / "resume.pt") as temporary:
-                torch.save({"step": step, "model": model.state_dict(), "loader": loaders,
-                            "optimizers": [o.state_dict() for o in optimizers],
-                            "rng": torch.get_rng_state(), "config": plain_config(cfg),
-                            "minutes": minutes_before + (time.perf_counter() - loop_started) / 60,
-                            "compiled": compiled, "tokenizer_sha256": tokenizer.sha256}, temporary)
+            save_resume(folder, cfg, origin, step=step, model=model.state_dict(), loader=loaders,
+                        optimizers=[o.state_dict() for o in optimizers], compiled=compiled,
+                        rng=torch.get_rng_state(),
+                        minutes=minutes_before + (time.perf_counter() - loop_started) / 60)
             save_checkpoint(folder, model, tokenizer, step,
                             {"val_bpb": val_bpb, "ladder": ladder}, cfg)
 

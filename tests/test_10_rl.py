@@ -3,13 +3,14 @@
 import json
 import math
 import random
+import shutil
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import load
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 rl = load("10_rl")
 engine = load("05_engine")
@@ -197,8 +198,8 @@ def test_the_hackable_reward_pays_a_list_of_digits_and_the_exact_one_does_not():
 
 def test_the_ten_questions_are_ten_and_have_the_answers_they_say():
     """The arithmetic again, by other means: the expression each question asks for."""
-    work = [241 - 198, 57 * 8, 158 + 217, 36 * 17, 231 + 231 + 164, 47 * 6, 213 - 87, 131 - 7 * 13,
-            94 - 28 + 165, 9 * 46]
+    work = [241 - 198, 57 * 8, 158 + 217, 37 * 13, 231 + 231 + 164, 53 * 5, 213 - 87, 131 - 7 * 13,
+            94 - 28 + 165, 7 * 59]
     assert [str(value) for value in work] == [answer for _, answer in rl.TEN_QUESTIONS]
 
 
@@ -306,6 +307,37 @@ def test_a_resumed_run_is_the_uninterrupted_run_to_the_bit(world, monkeypatch):
     first, second = (load_file(world / name / "model.safetensors") for name in
                      ("straight", "split"))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"lr": 0.5}, "lr 0.5 -> "), ({"num_steps": 9}, "num_steps 9 -> 2"),
+    ({"source": "other"}, "source_model [0-9a-f]{12} -> [0-9a-f]{12}"),
+    ({"path": "few.jsonl"}, "problems [0-9a-f]{12} -> [0-9a-f]{12}")])
+def test_another_run_is_not_resumed_by_mistake(world, changes, words, tmp_path):
+    """The learning rate follows num_steps; model and problems stand in no setting's value."""
+    rl.train(settings(world, "mine", num_steps=2))
+    if "source" in changes:
+        shutil.copytree(world / "sft", world / "other", dirs_exist_ok=True)
+        save_file({name: weight * 1.001 for name, weight in
+                   load_file(world / "sft" / "model.safetensors").items()},
+                  world / "other" / "model.safetensors")
+    if "path" in changes:
+        changes = {"path": tmp_path / "few.jsonl", "eval_problems": 2}
+        lines = (world / "tiny_gsm_train.jsonl").read_text(encoding="utf-8").splitlines(True)
+        changes["path"].write_text("".join(lines[:20]), encoding="utf-8")
+    with pytest.raises(rl.UserError, match=words):
+        rl.train(settings(world, "mine", **{"num_steps": 2, "resume": True, **changes}))
+
+
+def test_a_budget_in_minutes_counts_what_ran_before_the_resume(world, capsys):
+    cfg = settings(world, "clock", num_steps=4)
+    rl.train(cfg)
+    state = torch.load(world / "clock" / "resume.pt", weights_only=True)
+    assert 0 < state["minutes"] < 2
+    state.update(step=1, minutes=60.0)
+    torch.save(state, world / "clock" / "resume.pt")
+    rl.train(settings(world, "clock", num_steps=4, max_minutes=59.0, resume=True))
+    assert "--max-minutes 59 is over at step 1" in capsys.readouterr().out
 
 
 def test_it_refuses_to_start_where_nothing_succeeds_and_says_why(world, capsys):
