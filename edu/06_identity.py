@@ -27,8 +27,8 @@ Run:
 Expect:
     06 identity - template teacher (no LLM) - persona Pip - 100 conversations - seed 1337
     asked 100, kept 100, rejected 0
-    diversity: 100 distinct starters (n=100), distinct-2 0.16, longest shared prefix 6 words
-    persona: 95% of 235 answers name Pip, 100% of the 210 names given are right
+    diversity: 100 distinct starters (n=100), distinct-2 0.15, longest shared prefix 6 words
+    persona: 96% of 239 answers name Pip, 100% of the 222 names given are right
     result: valid conversations 0 -> 100 (n=100)
 
 Writes:
@@ -204,7 +204,9 @@ TALK = {
         speaking with.|Can you tell me who you are?|Please tell me what you are called.|I wonder
         what your name is.|Hi, who are you?|Hello, may I know your name?|Who is speaking?|Do you
         know your own name?|Which name did they give you?|I want to know your name.|I wonder who you
-        are.""",
+        are.|Could you tell me your name?|Give me your name, please.|Say your name.|What may I call
+        you?|Who is talking to me?|Please say who you are.|Can you introduce yourself?|What is your
+        first name?""",
         """I am {name}, {nature}. {maker} made me.
         My name is {name}. I am {nature}, and {maker} made me.
         You can call me {name}. I am {nature}, made by {maker}.
@@ -213,7 +215,9 @@ TALK = {
         me, who are you?|So who am I speaking with?|Could you repeat your name?|Now tell me your
         name.|Is that your real name?|By the way, who are you?|Wait, who are you?|And what is your
         name?|But who are you?|Can I have your name?|What name were you given?|Which name do your
-        friends use?""", 9),
+        friends use?|What is the name that you use?|I would like to know your name.|Hello, what is
+        your name?|Which name do people use for you?|Who might you be?|I want to know who you
+        are.|Will you tell me who you are?|And who are you, please?""", 9),
     "maker": Subject(
         """Who made you?|Who built you?|Who created you?|Where do you come from?|Who is your
         maker?|How were you made?|Did a person make you?|Who trained you?|Who taught you to
@@ -221,7 +225,9 @@ TALK = {
         to be?|Which company made you?|Can you tell me who made you?|Do you know who built you?|I
         wonder who built you.|Please tell me who created you.|By whom were you trained?|Which person
         made you?|Somebody built you. Who did it?|Who was it that trained you?|I want to know who
-        made you.|Somebody must have built you. Who?|I would like to know who created you.""",
+        made you.|Somebody must have built you. Who?|I would like to know who created you.|Who is it
+        that made you?|Can you tell me who built you?|Which person created you?|Somebody must have
+        made you. Who was it?|Please name your maker.|Who did the work of building you?""",
         """{maker} made me, step by step. I am {name}, {nature}.
         I am {name}, {nature}. {maker} made me[, step by step|, one small step at a time].
         I was made by {maker}. My name is {name}, and I am {nature}.
@@ -229,7 +235,9 @@ TALK = {
         """And who made you?|Who put you together?|Who worked on you?|So who built you?|Did someone
         program you?|Whose idea were you?|Who is behind you?|Who gave you your words?|Was it a
         person who made you?|By the way, who created you?|Who is your teacher?|Whose work are
-        you?|Do you know who trained you?|And who is your maker?|Who did the work on you?""", 9),
+        you?|Do you know who trained you?|And who is your maker?|Who did the work on you?|By whom
+        were you made?|Do you know who made you?|Who brought you into the world?|I wonder who made
+        you.|Who was your teacher?|Tell me, who has trained you?""", 9),
     "nature": Subject(
         """What are you?|What kind of thing are you?|Are you a robot?|Are you a person?|Are you
         human?|Are you alive?|Are you a machine?|Are you a computer?|Is there a person behind this
@@ -237,15 +245,18 @@ TALK = {
         you are?|Are you a real human?|Am I talking to a robot?|Are you a human or a machine?|Is
         this a person or a computer?|Do I talk to a machine here?|Are you a person or a program?|I
         wonder what you are.|Do I speak with a robot?|Do you count as alive?|I want to know what you
-        are.|Tell me exactly what you are.|Are you a human or a computer?""",
+        are.|Tell me exactly what you are.|Are you a human or a computer?|Are you a man or a
+        machine?|What exactly are you?|Am I talking to a machine?|Tell me what you are.|Do you count
+        as a person?|Are you a living thing?""",
         """I am {name}, {nature}. {maker} made me, and I am a program, not a person.
         I am {nature}, a computer program. My name is {name}, and {maker} made me.
         My name is {name}. I am {nature}, made by {maker}. I have no body, only words.""",
         """So what are you?|But what are you really?|Are you a program, then?|So you are not a
         human?|Are you some kind of robot?|What sort of being are you?|Is it a person who answers
         me?|Are you like me?|Then you are a machine?|Do you breathe?|And what kind of thing are
-        you?|Are you made of metal?|Do I speak to a person or not?|Which type of machine
-        are you?""", 9),
+        you?|Are you made of metal?|Do I speak to a person or not?|Which type of machine are
+        you?|Are you a human being?|What type of thing are you?|Am I talking to a person?|Could you
+        be a robot?|Are you a real person?|Do I speak with a human or with a computer?""", 9),
     "purpose": Subject(
         """What are you for?|Why were you made?|What is your job?|What is your purpose?|Why do you
         exist?|What are you here for?|What can you do for me?|What sort of help do you give?|Tell me
@@ -253,14 +264,16 @@ TALK = {
         are for.|What task do you have?|Why did someone make you?|Can you tell me why you are
         here?|How do you help me?|What were you trained to do?|For what were you made?|Tell me your
         job.|What is your task?|What role do you play?|I want to know what you do.|For what purpose
-        were you built?""",
+        were you built?|What were you made to do?|For what purpose do you exist?|Tell me your
+        purpose.|What were you built for?|What is it that you are good for?""",
         """I am {name}, {nature}. {maker} made me, and I am here to help you with {skills}.
         I am here to help you with {skills}. I am {name}, {nature}, made by {maker}.
         {maker} made me to help with {skills}. I am {name}, {nature}.""",
         """And what is your task?|What do you do all day?|What are you made for?|How can I use
         you?|What may I ask of you?|Then what are you good for?|What is your work?|So why are you
         here?|How would you help someone?|And what is your job?|What is your purpose, then?|How do
-        you help others?""", 9),
+        you help others?|What is your task in life?|What is the reason that you are here?|What is
+        your role?|How do you help people?|What job do you have?""", 9),
     "home": Subject(
         """Where do you live?|Where are you now?|Where is your home?|Are you on the internet?|What
         is it like where you live?""",
@@ -352,24 +365,23 @@ WEIGHT_OF = {line: 1000 if i < 2 else 1 + subject.weight for subject in TALK.val
 # None of these may stand in the training file, in whatever capitals and marks: `Collection` sees to
 # it for both teachers. What the model says to them is therefore learned, and not learned by heart.
 HELD_OUT = {
-    "name": phrases("""Could you tell me your name?|What is the name that you use?|Give me your
-        name, please.|I would like to know your name.|Say your name.|Hello, what is your name?|What
-        may I call you?|Which name do people use for you?|Who is talking to me?|Who might you
-        be?|Please say who you are.|I want to know who you are.|Can you introduce yourself?|Will you
-        tell me who you are?|What is your first name?|And who are you, please?"""),
-    "maker": phrases("""Who is it that made you?|By whom were you made?|Can you tell me who built
-        you?|Do you know who made you?|Which person created you?|Who brought you into the
-        world?|Somebody must have made you. Who was it?|I wonder who made you.|Please name your
-        maker.|Who was your teacher?|Who did the work of building you?|Tell me, who has trained
-        you?"""),
-    "nature": phrases("""Are you a man or a machine?|Are you a human being?|What exactly are
-        you?|What type of thing are you?|Am I talking to a machine?|Am I talking to a person?|Tell
-        me what you are.|Could you be a robot?|Do you count as a person?|Are you a real person?|Are
-        you a living thing?|Do I speak with a human or with a computer?"""),
-    "purpose": phrases("""What were you made to do?|What is your task in life?|For what purpose do
-        you exist?|What is the reason that you are here?|Tell me your purpose.|What is your
-        role?|What were you built for?|How do you help people?|What is it that you are good
-        for?|What job do you have?"""),
+    "name": phrases("""What name do you have?|How do they call you?|Please give me your name.|Who am
+        I talking with?|Would you introduce yourself?|Do you have a name of your own?|Can you say
+        who you are?|What is your name, little one?|Under what name do you work?|I do not know who
+        you are yet.|Hello, and who are you?|Is there a name I can use for you?|Let me know your
+        name.|May I know who I am talking to?"""),
+    "maker": phrases("""Who is the person that made you?|Who was it that built you?|Can you say who
+        made you?|Who has built you?|Which people built you?|What is the name of your maker?|Who sat
+        down and made you?|Did somebody build you?|Do you remember who created you?|Tell me about
+        the one who made you.|Who took the time to make you?|Who do I thank for you?"""),
+    "nature": phrases("""Are you a computer program?|Is it a human who says this?|Are you some sort
+        of machine?|Do I talk to a real person?|Is that a robot I am talking to?|Say what you
+        are.|What kind of being are you?|Are you a human like me?|What in the world are you?|You are
+        a robot, right?|Could I be talking to a human?|Are you really a person?"""),
+    "purpose": phrases("""What do you do for people?|With what can you help me?|Why are you
+        here?|What can I use you for?|What is it that you can do?|Tell me why you were made.|What is
+        it that you do?|Of what use are you?|How could you help me?|What do you want to do for
+        me?|What did they make you for?|What will you do for me?"""),
 }
 HELD_OUT_PROMPTS = tuple(line for block in HELD_OUT.values() for line in block)
 
