@@ -18,6 +18,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -172,6 +173,39 @@ def run_by_name(name, *args, cwd, data_dir=None, nproc=None, **options):
     env = {"EDU_DATA": data_dir if data_dir is not None else Path(cwd) / "data"}
     env.update(options.pop("env", None) or {})
     return run_process([*launcher, script_path(name), *args], cwd=cwd, env=env, **options)
+
+
+def flags_of(config):
+    """The command line that gives this Config: --name value, --name or --no-name."""
+    words = []
+    for name, value in vars(config).items():
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(flag if value else flag.replace("--", "--no-", 1))
+        elif value not in ("", None):
+            words += [flag, str(value)]
+    return words
+
+
+@contextlib.contextmanager
+def running(name, config, log):
+    """The script as a process of its own that goes on meanwhile, its output in the file `log`."""
+    with open(log, "w", encoding="utf-8") as output:
+        process = subprocess.Popen([sys.executable, "-u", script_path(name), *flags_of(config)],
+                                   cwd=log.parent, stdout=output, stderr=subprocess.STDOUT)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def wait_for(condition, process, seconds=60):
+    """Until condition() holds; fails when the process ends or the time is up before that."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None and time.monotonic() < deadline, "it ended, or hangs"
+        time.sleep(0.01)
 
 
 @pytest.fixture

@@ -3,12 +3,13 @@
 import json
 import random
 import re
+import signal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import load
+from conftest import flags_of, load, running, wait_for
 from safetensors.torch import load_file
 
 sft = load("08_sft")
@@ -232,24 +233,40 @@ def test_a_resumed_run_is_the_uninterrupted_run_to_the_bit(world, monkeypatch):
     assert timeless[0] == timeless[1] and straight["best"] == split["best"]
 
 
+def test_kill_9_costs_only_the_steps_since_the_last_checkpoint(world, tmp_path):
+    long = {"num_epochs": 6, "save_every": 8, "eval_every": 1000, "log_every": 1000}
+    with running("08_sft", settings(world, "killed", **long), tmp_path / "log") as process:
+        wait_for((world / "killed" / "resume.pt").exists, process)
+        process.send_signal(signal.SIGKILL)
+    sft.train(settings(world, "killed", resume=True, **long))
+    sft.train(settings(world, "not_killed", **long))
+    assert_same_weights(world / "killed", world / "not_killed")
+
+
+def test_ctrl_c_saves_and_the_run_goes_on_to_the_same_end(world, tmp_path, capsys):
+    long = {"num_epochs": 6, "save_every": 1000, "eval_every": 1000, "log_every": 1}
+    metrics, log = world / "stopped" / "metrics.jsonl", tmp_path / "log"
+    with running("08_sft", settings(world, "stopped", **long), log) as process:
+        wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") > 3, process)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 0
+    assert re.search(r"stopped at step \d+ of \d+; --resume", log.read_text(encoding="utf-8"))
+    sft.train(settings(world, "stopped", resume=True, **long))
+    assert "resumed at step" in capsys.readouterr().out
+    sft.train(settings(world, "not_stopped", **long))
+    # The stop adds a look at the validation loss, and a look changes nothing.
+    assert_same_weights(world / "stopped", world / "not_stopped")
+
+
 def test_smaller_passes_give_the_same_run(world):
     sft.train(settings(world, "whole"))
     sft.train(settings(world, "parts", device_batch_size=3))
     assert_same_weights(world / "whole", world / "parts", 2e-4)  # Muon magnifies rounding
 
 
-def flags(cfg):
-    words = []
-    for name, value in vars(cfg).items():
-        flag = name.replace("_", "-")
-        words += ([f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool)
-                  else [f"--{flag}", str(value)] if value != "" else [])
-    return words
-
-
 def test_two_ranks_train_as_one(world, run_script):
     cfg = settings(world, "two", num_epochs=0.2)
-    done = run_script("08_sft", *flags(cfg), nproc=2, env={"OMP_NUM_THREADS": "1"})
+    done = run_script("08_sft", *flags_of(cfg), nproc=2, env={"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     sft.train(settings(world, "one", num_epochs=0.2))
     assert_same_weights(world / "one", world / "two", 2e-4)

@@ -4,12 +4,13 @@ import json
 import math
 import random
 import shutil
+import signal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import load
+from conftest import load, running, wait_for
 from safetensors.torch import load_file, save_file
 
 rl = load("10_rl")
@@ -304,9 +305,27 @@ def test_a_resumed_run_is_the_uninterrupted_run_to_the_bit(world, monkeypatch):
         rl.train(settings(world, "split"))
     monkeypatch.setattr(rl, "update_policy", real)
     rl.train(settings(world, "split", resume=True))
-    first, second = (load_file(world / name / "model.safetensors") for name in
-                     ("straight", "split"))
+    assert_same_weights(world / "straight", world / "split")
+
+
+def assert_same_weights(first, second):
+    first, second = (load_file(folder / "model.safetensors") for folder in (first, second))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=["kill -9", "Ctrl-C"])
+def test_a_run_that_was_stopped_from_outside_goes_on_to_the_same_end(world, tmp_path, how):
+    long, log = {"num_steps": 60, "save_every": 2}, tmp_path / "log"
+    with running("10_rl", settings(world, how.name, **long), log) as process:
+        wait_for((world / how.name / "resume.pt").exists, process)
+        process.send_signal(how)
+        code = process.wait(60)
+    if how is signal.SIGINT:
+        assert code == 0 and "stopped at step" in log.read_text(encoding="utf-8")
+    assert torch.load(world / how.name / "resume.pt", weights_only=True)["step"] < 60
+    rl.train(settings(world, how.name, resume=True, **long))
+    rl.train(settings(world, "all_60", **long))
+    assert_same_weights(world / how.name, world / "all_60")
 
 
 @pytest.mark.parametrize("changes, words", [

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import load, run_process, script_path
+from conftest import flags_of, load, run_process, running, script_path, wait_for
 from safetensors.torch import load_file
 
 pretrain = load("12_pretrain")
@@ -50,16 +50,6 @@ def settings(world, stage, **changes):
              "total_batch_size": 64, "num_iterations": 6, "log_every": 1, "save_every": 2,
              "eval_every": 4, "eval_tokens": 64, "plot": False, "compile": "off"}
     return pretrain.Config(data_dir=world, stage=stage, **{**small, **changes})
-
-
-def flags(cfg):
-    """The command line that gives this Config."""
-    words = []
-    for name, value in vars(cfg).items():
-        flag = name.replace("_", "-")
-        words += ([f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool)
-                  else [f"--{flag}", str(value)] if value != "" else [])
-    return words
 
 
 def small_model(seed=0, vocab_size=37, n_layer=2):
@@ -451,28 +441,11 @@ def test_a_resumed_run_crosses_the_end_of_an_epoch(tmp_path, world):
     assert_same_run(tmp_path / "straight", tmp_path / "split")
 
 
-def start(cfg, cwd):
-    """The script as a process of its own, its output in cwd/log."""
-    log = open(cwd / "log", "w+", encoding="utf-8")
-    process = subprocess.Popen([sys.executable, "-u", str(script_path("12_pretrain")), *flags(cfg)],
-                               cwd=cwd, stdout=log, stderr=subprocess.STDOUT)
-    return process, log
-
-
-def wait_for(condition, process, seconds=60):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None and time.monotonic() < deadline, "it ended, or hangs"
-        time.sleep(0.01)
-
-
 def test_kill_9_costs_only_the_steps_since_the_last_checkpoint(world, tmp_path):
     long = {"num_iterations": 400, "save_every": 20, "eval_every": 1000, "log_every": 50}
-    process, log = start(settings(world, "killed", **long), tmp_path)
-    wait_for((world / "killed" / "resume.pt").exists, process)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    log.close()
+    with running("12_pretrain", settings(world, "killed", **long), tmp_path / "log") as process:
+        wait_for((world / "killed" / "resume.pt").exists, process)
+        process.send_signal(signal.SIGKILL)
     left = torch.load(world / "killed" / "resume.pt", weights_only=True)
     assert 0 < left["step"] < 400
     pretrain.train(settings(world, "killed", resume=True, **long))
@@ -482,14 +455,12 @@ def test_kill_9_costs_only_the_steps_since_the_last_checkpoint(world, tmp_path):
 
 def test_ctrl_c_saves_and_says_how_to_go_on(world, tmp_path):
     cfg = settings(world, "stopped", num_iterations=100_000, save_every=90_000, log_every=10)
-    process, log = start(cfg, tmp_path)
-    wait_for(lambda: (world / "stopped" / "metrics.jsonl").exists()
-             and len(pretrain.read_metrics(world / "stopped" / "metrics.jsonl")) > 2, process)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 0
-    log.seek(0)
-    text = log.read()
-    log.close()
+    metrics, log = world / "stopped" / "metrics.jsonl", tmp_path / "log"
+    with running("12_pretrain", cfg, log) as process:
+        wait_for(lambda: metrics.exists() and len(pretrain.read_metrics(metrics)) > 2, process)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 0
+    text = log.read_text(encoding="utf-8")
     assert "stopped at step" in text and "--resume" in text
     assert torch.load(world / "stopped" / "resume.pt", weights_only=True)["step"] > 2
 
@@ -504,7 +475,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_checkpoint(
         return loss * math.nan if next(count) == 3 else loss
 
     monkeypatch.setattr(pretrain.TrainStep, "backward", poisoned)
-    assert pretrain.main(flags(settings(world, "diverged"))) == 1
+    assert pretrain.main(flags_of(settings(world, "diverged"))) == 1
     error = capsys.readouterr().err
     assert "at step 3" in error and "--matrix-lr" in error and "Traceback" not in error
     assert all(torch.isfinite(w).all() for w in weights_of(world / "diverged").values())
@@ -513,7 +484,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_checkpoint(
 
 def test_two_ranks_run_save_once_and_resume(world, tmp_path, run_script):
     cfg = settings(world, "ranks", total_batch_size=128, num_iterations=4)
-    done = run_script("12_pretrain", *flags(cfg), nproc=2)
+    done = run_script("12_pretrain", *flags_of(cfg), nproc=2)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("12 pretrain") == 1, "only rank 0 speaks"
     state = torch.load(world / "ranks" / "resume.pt", weights_only=True)
@@ -546,7 +517,7 @@ def test_max_minutes_ends_with_a_usable_checkpoint(world, capsys):
     ({"num_iterations": -1}, ["-1"]),
 ])
 def test_a_setting_that_cannot_work_is_refused_with_the_way_out(world, changes, words, capsys):
-    assert pretrain.main(flags(settings(world, "refused", **changes))) == 2
+    assert pretrain.main(flags_of(settings(world, "refused", **changes))) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and all(word in error for word in words), error
     assert not (world / "refused").exists(), "nothing may be written"
@@ -556,7 +527,7 @@ def test_resuming_with_other_settings_is_refused_naming_them(world, capsys):
     pretrain.train(settings(world, "mine", num_iterations=2))
     before = (world / "mine" / "resume.pt").read_bytes()
     cfg = settings(world, "mine", num_iterations=2, matrix_lr=0.5, resume=True)
-    assert pretrain.main(flags(cfg)) == 2
+    assert pretrain.main(flags_of(cfg)) == 2
     assert "matrix_lr 0.5 -> 0.02" in capsys.readouterr().err
     assert (world / "mine" / "resume.pt").read_bytes() == before
 
@@ -569,7 +540,7 @@ def test_resuming_with_another_tokenizer_is_refused_naming_both(world, tmp_path,
     os.symlink(world / "words", tmp_path / "words")
     cfg = settings(tmp_path, "words", num_iterations=2, resume=True)
     capsys.readouterr()
-    assert pretrain.main(flags(cfg)) == 2
+    assert pretrain.main(flags_of(cfg)) == 2
     error = capsys.readouterr().err
     for folder in (world, tmp_path):
         assert pretrain.Tokenizer.from_dir(folder / "tokenizer").sha256[:12] in error
@@ -579,7 +550,7 @@ def test_a_damaged_resume_file_is_refused_and_kept(world, capsys):
     pretrain.train(settings(world, "damaged", num_iterations=2))
     path = world / "damaged" / "resume.pt"
     path.write_bytes(path.read_bytes()[:1000])
-    assert pretrain.main(flags(settings(world, "damaged", num_iterations=2, resume=True))) == 2
+    assert pretrain.main(flags_of(settings(world, "damaged", num_iterations=2, resume=True))) == 2
     assert "cannot be read" in capsys.readouterr().err
     assert path.stat().st_size == 1000
 
