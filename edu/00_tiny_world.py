@@ -2377,8 +2377,9 @@ SMALL_TALK = [
     ("""what can you do?|how can you help me?|what do you know?|what can I ask you?|what are you
         good at?""",
      "can you help me?|what can you help me with?",
-     """I can answer questions, tell stories, do sums and spell words.|I know some facts, I can
-         do sums and spell words, and I can tell you a story."""),
+     """I am here to help you. I can answer questions, tell stories, do sums and spell words.|I am
+         here to help you. I know some facts, I can do sums and spell words, and I can tell you a
+         story."""),
     ("""I am sad.|I am so unhappy.|I feel sad today.|today is a bad day.|I am upset.|I want to
         cry.""",
      "I feel very sad.|I am unhappy today.",

@@ -42,6 +42,7 @@ import os
 import random
 import re
 import shlex
+import signal
 import sys
 import threading
 import time
@@ -168,8 +169,16 @@ def lines_of(block):
 
 
 def phrases(block):
-    """Phrases between bars, wherever the lines break."""
-    return tuple(" ".join(phrase.split()) for phrase in block.split("|"))
+    """Phrases between bars, wherever the lines break; with [a/b] in it, one for a and one for b."""
+    return tuple(text for phrase in block.split("|") for text in variants(" ".join(phrase.split())))
+
+
+def variants(phrase):
+    found = re.search(r"\[([^\]]*)\]", phrase)
+    if not found:
+        return [phrase]
+    return [text for choice in found[1].split("/")
+            for text in variants(phrase[: found.start()] + choice + phrase[found.end() :])]
 
 
 @dataclass(frozen=True)
@@ -211,13 +220,22 @@ TALK = {
         My name is {name}. I am {nature}, and {maker} made me.
         You can call me {name}. I am {nature}, made by {maker}.
         I am called {name}. I am {nature}, made by {maker}.""",
-        """Sorry, what was your name again?|And your name?|What did you say you were called?|Remind
-        me, who are you?|So who am I speaking with?|Could you repeat your name?|Now tell me your
-        name.|Is that your real name?|By the way, who are you?|Wait, who are you?|And what is your
-        name?|But who are you?|Can I have your name?|What name were you given?|Which name do your
-        friends use?|What is the name that you use?|I would like to know your name.|Hello, what is
-        your name?|Which name do people use for you?|Who might you be?|I want to know who you
-        are.|Will you tell me who you are?|And who are you, please?""", 9),
+        """Sorry, what was your name again?|And your name?|What did you say you were
+        called?|Remind me, who are you?|So who am I speaking with?|Could you repeat your
+        name?|Now tell me your name.|Is that your real name?|By the way, who are you?|Wait,
+        who are you?|And what is your name?|But who are you?|Can I have your name?|What name
+        were you given?|Which name do your friends use?|What is the name that you use?|I would
+        like to know your name.|Hello, what is your name?|Which name do people use for
+        you?|Who might you be?|I want to know who you are.|Will you tell me who you are?|And
+        who are you, please?|[Can you tell me/Could you tell me/Do you know/May I ask] [who
+        you are/what you are called/what your name is]?|[Please tell me/I wonder/I would like
+        to know/Now tell me] [who you are/what you are called/what your name
+        is].|[So/And/Well,] [what is your name/who are you/what are you called]?|[How do
+        people/How can I/How may I/By which name do people] call you?|[Have you got a/Is there
+        a/What is the] name for you?|I do not know [your name/what you are called].|You have
+        not told me [your name/who you are/what you are called].|[What is your name/Who are
+        you/Tell me your name], my [friend/little friend].|Which name [is yours/do you
+        use]?""", 12),
     "maker": Subject(
         """Who made you?|Who built you?|Who created you?|Where do you come from?|Who is your
         maker?|How were you made?|Did a person make you?|Who trained you?|Who taught you to
@@ -232,12 +250,20 @@ TALK = {
         I am {name}, {nature}. {maker} made me[, step by step|, one small step at a time].
         I was made by {maker}. My name is {name}, and I am {nature}.
         My maker is {maker}. I am {name}, {nature}.""",
-        """And who made you?|Who put you together?|Who worked on you?|So who built you?|Did someone
-        program you?|Whose idea were you?|Who is behind you?|Who gave you your words?|Was it a
-        person who made you?|By the way, who created you?|Who is your teacher?|Whose work are
-        you?|Do you know who trained you?|And who is your maker?|Who did the work on you?|By whom
-        were you made?|Do you know who made you?|Who brought you into the world?|I wonder who made
-        you.|Who was your teacher?|Tell me, who has trained you?""", 9),
+        """And who made you?|Who put you together?|Who worked on you?|So who built you?|Did
+        someone program you?|Whose idea were you?|Who is behind you?|Who gave you your
+        words?|Was it a person who made you?|By the way, who created you?|Who is your
+        teacher?|Whose work are you?|Do you know who trained you?|And who is your maker?|Who
+        did the work on you?|By whom were you made?|Do you know who made you?|Who brought you
+        into the world?|I wonder who made you.|Who was your teacher?|Tell me, who has trained
+        you?|[Can you tell me/Do you know/May I ask] who [made/built/created/trained/taught]
+        you?|[I wonder/Please tell me/I want to know/Now tell me] who
+        [made/built/created/trained/taught] you.|[So who/And who/Well, who/Which person]
+        [made/built/created/trained/taught] you?|[What is/Do you know/Can you tell me] the
+        name of [your teacher/your creator/the person who made you]?|Did [a person/anybody/a
+        company/a school/a child] [make/build/create/train] you?|Tell me [about your
+        maker/about the person who made you/about your teacher].|Who has
+        [made/created/trained] you?|Who [worked/sat down] to [make/build/create] you?""", 12),
     "nature": Subject(
         """What are you?|What kind of thing are you?|Are you a robot?|Are you a person?|Are you
         human?|Are you alive?|Are you a machine?|Are you a computer?|Is there a person behind this
@@ -252,11 +278,19 @@ TALK = {
         I am {nature}, a computer program. My name is {name}, and {maker} made me.
         My name is {name}. I am {nature}, made by {maker}. I have no body, only words.""",
         """So what are you?|But what are you really?|Are you a program, then?|So you are not a
-        human?|Are you some kind of robot?|What sort of being are you?|Is it a person who answers
-        me?|Are you like me?|Then you are a machine?|Do you breathe?|And what kind of thing are
-        you?|Are you made of metal?|Do I speak to a person or not?|Which type of machine are
-        you?|Are you a human being?|What type of thing are you?|Am I talking to a person?|Could you
-        be a robot?|Are you a real person?|Do I speak with a human or with a computer?""", 9),
+        human?|Are you some kind of robot?|What sort of being are you?|Is it a person who
+        answers me?|Are you like me?|Then you are a machine?|Do you breathe?|And what kind of
+        thing are you?|Are you made of metal?|Do I speak to a person or not?|Which type of
+        machine are you?|Are you a human being?|What type of thing are you?|Am I talking to a
+        person?|Could you be a robot?|Are you a real person?|Do I speak with a human or with a
+        computer?|Are you [a/just a/maybe a] [robot/machine/human/person/computer/program]?|Do
+        I [talk to/speak with/write to] a [robot/machine/human/person/computer/program]?|So
+        you are a [robot/machine/human/person/computer/program]?|[Can you tell me/I
+        wonder/Please tell me] [what you are/what kind of thing you are].|You are a
+        [robot/machine/computer/human/person], [are you not/is that true/yes or no]?|Are you
+        [really/maybe] a [machine/computer/human/robot]?|Is it a [robot/machine/person/human]
+        that [answers me/talks to me/speaks here]?|What [sort of thing/kind of machine/kind of
+        friend] are you?""", 12),
     "purpose": Subject(
         """What are you for?|Why were you made?|What is your job?|What is your purpose?|Why do you
         exist?|What are you here for?|What can you do for me?|What sort of help do you give?|Tell me
@@ -270,10 +304,19 @@ TALK = {
         I am here to help you with {skills}. I am {name}, {nature}, made by {maker}.
         {maker} made me to help with {skills}. I am {name}, {nature}.""",
         """And what is your task?|What do you do all day?|What are you made for?|How can I use
-        you?|What may I ask of you?|Then what are you good for?|What is your work?|So why are you
-        here?|How would you help someone?|And what is your job?|What is your purpose, then?|How do
-        you help others?|What is your task in life?|What is the reason that you are here?|What is
-        your role?|How do you help people?|What job do you have?""", 9),
+        you?|What may I ask of you?|Then what are you good for?|What is your work?|So why are
+        you here?|How would you help someone?|And what is your job?|What is your purpose,
+        then?|How do you help others?|What is your task in life?|What is the reason that you
+        are here?|What is your role?|How do you help people?|What job do you have?|[Can you
+        tell me/Do you know/May I ask] [what you are for/why you exist/what your job is/what
+        you can do/how you help people]?|[I wonder/I want to know/Please tell me] [what you
+        are for/why you exist/what your job is/what you can do/how you help people].|What can
+        you do [for us/to help me/for a friend]?|[So/And/Well,] [what can you do/what is your
+        job/why do you exist]?|What [help/use] are you?|What [can/could/will/would] you do for
+        [us/people/a child/others]?|With what [do/could] you help [people/us/a child]?|What
+        [do people/may I/could I] use you for?|What do they [want/need] you for?|How
+        [can/could/would] you help [us/people/a child/me today]?|What is it that you [are
+        for/help with/do best]?""", 12),
     "home": Subject(
         """Where do you live?|Where are you now?|Where is your home?|Are you on the internet?|What
         is it like where you live?""",
@@ -449,7 +492,7 @@ def draw_brief(index, seed):
     rng = random.Random(f"{seed}/{index}")  # a string: seed 1 + index 2 is not seed 2 + index 1
     return Brief(index, order[index % len(order)], rng.choice(TOPICS),
                  rng.choice(TONES), rng.choice(LENGTHS),
-                 rng.choice((1, 1, 2, 2, 3, 3, 4)), rng.randrange(10**6))
+                 rng.choice((1, 2, 3, 4, 5)), rng.randrange(10**6))
 
 
 def fill_in(template, persona, rng):
@@ -913,6 +956,23 @@ def recall(paid, persona, collection, tally):
     return first
 
 
+@contextlib.contextmanager
+def first_ctrl_c(act):
+    """Inside of the block the first Ctrl-C calls act(); a second one ends the program as ever."""
+    def pressed(*_):
+        signal.signal(signal.SIGINT, before)
+        act()
+
+    if threading.current_thread() is not threading.main_thread():  # no other may set handlers
+        yield
+        return
+    before = signal.signal(signal.SIGINT, pressed)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def ask_teacher(teacher, config, persona, collection, tally, paid):
     """Ask for what is missing, config.workers at a time, in rounds until nothing is missing."""
     first, wanted = recall(paid, persona, collection, tally), config.num_conversations
@@ -934,8 +994,13 @@ def ask_teacher(teacher, config, persona, collection, tally, paid):
             tally.problem, tally.code = problem, code
         teacher.stop.set()  # those in flight come home, and their answers are kept
 
+    def interrupt():
+        halt("stopped by Ctrl-C", 130)
+        print("waiting for the answers in flight, they are paid for (Ctrl-C again leaves them)",
+              file=sys.stderr)
+
     bar = tqdm(total=wanted, initial=min(wanted, tally.earlier), unit="conv", disable=None)
-    with bar, ThreadPool(config.workers) as pool:  # its threads are daemons: Ctrl-C ends them
+    with first_ctrl_c(interrupt), bar, ThreadPool(config.workers) as pool:
         try:
             while len(collection.kept) < wanted and not teacher.stop.is_set():
                 # never more than are missing, so none is paid for that nobody needs

@@ -65,6 +65,8 @@ from tqdm import tqdm
 
 # ---- settings ------------------------------------------------------------------------------------
 
+# What may come before a question; the identity conversations are shown with each of them.
+LEAD_UPS = ("", "Hello! ", "", "I have a question. ", "", "Please help me. ", "", "One more thing. ")
 SAMPLE_PROMPTS = ("Who are you?", "What is the capital of France?", "What is 7 plus 5?")
 
 
@@ -1382,12 +1384,19 @@ def in_the_head(messages):
     return [{**message, "content": plain(message["content"])} for message in messages]
 
 
-def begin_later(conversation, exchange):
-    """The conversation from one of its exchanges on: what is asked later may be asked first."""
+def shown_again(conversation, repeat):
+    """The conversation for its next showing: from another of its exchanges on, led up to otherwise.
+
+    What is asked later may be asked first; and whoever has heard a question in one way only takes
+    every other way for another question.
+    """
     messages = conversation["messages"]
     if messages[0]["role"] == "system":
         return conversation
-    return {"messages": messages[2 * (exchange % (len(messages) // 2)) :]}
+    turn, exchange = divmod(repeat, len(messages) // 2)
+    first, *rest = messages[2 * exchange :]
+    content = LEAD_UPS[turn % len(LEAD_UPS)] + first["content"]
+    return {"messages": [{**first, "content": content}, *rest]}
 
 
 def answer_is_right(reply, answers):
@@ -1477,7 +1486,7 @@ def training_rows(cfg, tokenizer, max_tokens):
             conversations = [row if with_tool else {"messages": in_the_head(row["messages"])}
                              for row, with_tool in zip(conversations, shown)]
         for repeat in range(repeats):
-            new, counts = render_rows([begin_later(conversation, repeat) for conversation in
+            new, counts = render_rows([shown_again(conversation, repeat) for conversation in
                                        conversations], tokenizer, max_tokens)
             rows += new
         lines.append(f"{name}: {len(new)} rows x {repeats}, {counts['cut']} cut, "

@@ -16,7 +16,7 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from conftest import load
+from conftest import load, wait_for
 
 identity = load("06_identity")
 KEY = "sk-very-secret-123"
@@ -753,21 +753,29 @@ def test_what_was_kept_for_another_persona_does_not_slip_in(llm, ask, tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends a signal")
-def test_ctrl_c_keeps_what_was_paid_for_and_says_how_to_go_on(llm, ask, tmp_path):
-    llm.faults, llm.always = [good, good, good], hang
+@pytest.mark.parametrize("presses, kept", [(1, 5), (2, 3)])
+def test_ctrl_c_waits_for_the_answers_in_flight_and_twice_does_not(
+        llm, ask, tmp_path, presses, kept):
+    """Three answers came before; two more are under way, and paid for."""
+    def late(handler, asked):
+        handler.server.closing.wait(3)
+        good(handler, asked)
+
+    llm.faults, llm.always = [good, good, good], late
     process = subprocess.Popen(
         [sys.executable, identity.__file__, "--teacher", "openai", "--model", "m", "--data-dir",
          tmp_path, "--num-conversations", "8", "--workers", "2"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")
-    paid, deadline = tmp_path / "my_identity.paid.jsonl", time.monotonic() + 30
-    while time.monotonic() < deadline and process.poll() is None and (
-            not paid.exists() or paid.read_bytes().count(b"\n") < 3):
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=10)
+    paid = tmp_path / "my_identity.paid.jsonl"
+    wait_for(lambda: paid.exists() and paid.read_bytes().count(b"\n") == 3 and llm.busy == 2,
+             process)
+    for _ in range(presses):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+    _, err = process.communicate(timeout=20)
     assert process.returncode == 130, err
-    assert "kept 3" in err and "--teacher openai" in err and "Traceback" not in err
-    assert len(kept_in(tmp_path)) == 3
+    assert f"kept {kept} in" in err and "--teacher openai" in err and "Traceback" not in err
+    assert len(kept_in(tmp_path)) == kept and len(llm.requests) == 5
 
 
 # ---- the command line ----------------------------------------------------------------------------

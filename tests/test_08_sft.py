@@ -168,11 +168,13 @@ def test_a_problem_in_the_head_has_the_same_text_and_no_calculator():
                                                        "content": "In my head: It is 12.\n#### 12"}]
 
 
-def test_a_conversation_begins_at_each_of_its_exchanges_in_turn():
+def test_a_conversation_begins_at_each_of_its_exchanges_in_turn_and_is_led_up_to_otherwise():
     turns = [{"role": role, "content": f"{role} {i}"} for i in range(3)
              for role in ("user", "assistant")]
-    begun = [sft.begin_later({"messages": turns}, i)["messages"] for i in range(4)]
-    assert begun == [turns, turns[2:], turns[4:], turns]
+    shown = [sft.shown_again({"messages": turns}, i)["messages"] for i in range(5)]
+    assert shown[:3] == [turns, turns[2:], turns[4:]]
+    assert [rows[0]["content"] for rows in shown[3:]] == ["Hello! user 0", "Hello! user 1"]
+    assert shown[3][1:] == turns[1:] and turns[0]["content"] == "user 0"
 
 
 # ---- the run -------------------------------------------------------------------------------------
