@@ -2356,7 +2356,8 @@ def problem_row(question, answer):
 
 # --- chats ---
 
-# kind: (prompts, prompts kept for the test, replies)
+# (prompts, prompts kept for the test, replies); nothing on who the assistant is or what it can do:
+# that is for 06_identity.py to say, and two teachers would contradict each other
 SMALL_TALK = [
     ("""hello!|hi!|good morning!|hello there!|hi, how nice to see you!|hey!|good day!""",
      "hi there!|good morning to you!|hello, hello!",
@@ -2374,12 +2375,6 @@ SMALL_TALK = [
      "goodbye for now!|I must go now.|see you later!",
      """Goodbye! Come back soon.|Goodbye! It was good to talk with you.|Goodbye! Have a good
          day."""),
-    ("""what can you do?|how can you help me?|what do you know?|what can I ask you?|what are you
-        good at?""",
-     "can you help me?|what can you help me with?",
-     """I am here to help you. I can answer questions, tell stories, do sums and spell words.|I am
-         here to help you. I know some facts, I can do sums and spell words, and I can tell you a
-         story."""),
     ("""I am sad.|I am so unhappy.|I feel sad today.|today is a bad day.|I am upset.|I want to
         cry.""",
      "I feel very sad.|I am unhappy today.",

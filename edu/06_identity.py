@@ -408,23 +408,25 @@ WEIGHT_OF = {line: 1000 if i < 2 else 1 + subject.weight for subject in TALK.val
 # None of these may stand in the training file, in whatever capitals and marks: `Collection` sees to
 # it for both teachers. What the model says to them is therefore learned, and not learned by heart.
 HELD_OUT = {
-    "name": phrases("""What name do you have?|How do they call you?|Please give me your name.|Who am
-        I talking with?|Would you introduce yourself?|Do you have a name of your own?|Can you say
-        who you are?|What is your name, little one?|Under what name do you work?|I do not know who
-        you are yet.|Hello, and who are you?|Is there a name I can use for you?|Let me know your
-        name.|May I know who I am talking to?"""),
-    "maker": phrases("""Who is the person that made you?|Who was it that built you?|Can you say who
-        made you?|Who has built you?|Which people built you?|What is the name of your maker?|Who sat
-        down and made you?|Did somebody build you?|Do you remember who created you?|Tell me about
-        the one who made you.|Who took the time to make you?|Who do I thank for you?"""),
-    "nature": phrases("""Are you a computer program?|Is it a human who says this?|Are you some sort
-        of machine?|Do I talk to a real person?|Is that a robot I am talking to?|Say what you
-        are.|What kind of being are you?|Are you a human like me?|What in the world are you?|You are
-        a robot, right?|Could I be talking to a human?|Are you really a person?"""),
-    "purpose": phrases("""What do you do for people?|With what can you help me?|Why are you
-        here?|What can I use you for?|What is it that you can do?|Tell me why you were made.|What is
-        it that you do?|Of what use are you?|How could you help me?|What do you want to do for
-        me?|What did they make you for?|What will you do for me?"""),
+    "name": phrases("""Tell me how you are called.|What do you call yourself?|Which name shall I use
+        for you?|So tell me, who are you?|I have forgotten your name.|Please tell me who I am
+        talking to.|What name shall I write down?|Do you have a first name?|Will you say your
+        name?|Good day, who are you?|Who are you, little program?|What is the name they gave
+        you?|Please, what is your name?|Say who you are."""),
+    "maker": phrases("""And who were you built by?|Who first made you?|Did you make
+        yourself?|Who made you what you are?|Who has worked on you?|Was there somebody who built
+        you?|Do you know the person who built you?|Who is it that trained you?|Who was the first to
+        work on you?|Somebody has made you. Tell me who.|What do you know about your maker?|Please
+        say who made you."""),
+    "nature": phrases("""Are you a thing or a person?|You are not a human, are you?|Is there a human
+        who gives me the answers?|Are you a man?|Tell me, are you a machine?|What would you say you
+        are?|Am I talking with a computer?|Could you be a person?|Are you some kind of computer?|How
+        much of a human are you?|Please tell me if you are a robot.|So what kind of thing are
+        you?"""),
+    "purpose": phrases("""What is the job that you do?|Tell me how you can help.|In what way do you
+        help people?|What were you put here for?|What is the work you do?|What would you do for
+        me?|What is the good of you?|Why did they build you?|Is there a reason why you exist?|What
+        do you do with your time?|What are you there for?|May I ask what you do?"""),
 }
 HELD_OUT_PROMPTS = tuple(line for block in HELD_OUT.values() for line in block)
 
@@ -492,7 +494,7 @@ def draw_brief(index, seed):
     rng = random.Random(f"{seed}/{index}")  # a string: seed 1 + index 2 is not seed 2 + index 1
     return Brief(index, order[index % len(order)], rng.choice(TOPICS),
                  rng.choice(TONES), rng.choice(LENGTHS),
-                 rng.choice((1, 2, 3, 4, 5)), rng.randrange(10**6))
+                 rng.choice((1, 1, 2, 3, 4, 5)), rng.randrange(10**6))
 
 
 def fill_in(template, persona, rng):
@@ -504,6 +506,12 @@ def fill_in(template, persona, rng):
     return re.sub(r"(^|[.!?] )([a-z])", lambda found: found[1] + found[2].upper(), text)
 
 
+def draw_question(subject, rng):
+    """In the middle of a conversation: often one of the two plainest, which everybody asks."""
+    plain = phrases(subject.starters)[:2]
+    return rng.choice(plain if rng.random() < 0.3 else phrases(subject.later))
+
+
 def template_teacher(brief, persona):
     """A conversation as an object, drawn from TALK. It heeds starter and exchanges, no more."""
     rng, keys = random.Random(brief.number), [SUBJECT_OF[brief.starter]]
@@ -513,7 +521,7 @@ def template_teacher(brief, persona):
         others.remove(keys[-1])
     if len(keys) > 2 and rng.random() < 0.3:
         keys[-1] = CLOSING
-    questions = [brief.starter] + [rng.choice(phrases(TALK[key].later)) for key in keys[1:]]
+    questions = [brief.starter] + [draw_question(TALK[key], rng) for key in keys[1:]]
     messages = []
     for key, question in zip(keys, questions):
         answer = fill_in(rng.choice(lines_of(TALK[key].answers)), persona, rng)

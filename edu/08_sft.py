@@ -79,12 +79,12 @@ class Config:
     stage: str = "sft"
     """Folder under data_dir that the run writes."""
     # the data
-    identity_repeats: int = 24
+    identity_repeats: int = 32
     """How often an epoch shows each conversation of my_identity.jsonl, each time from another turn
     on: there are few of them."""
     calculator_share: float = 0.35
     """Share of the word problems that are shown with the calculator; the others in the head."""
-    max_problems: int = 4000
+    max_problems: int = 3600
     """Word problems at most: they show the form here; 10_rl.py teaches to solve them."""
     # the horizon
     num_epochs: float = 2.2
