@@ -17,8 +17,8 @@ usage: [NAME=VALUE ...] bash my_pipeline.sh          run what is not up to date,
   FRESH=1                redo every stage, also those that are up to date
   EDU_DATA=DIR           where everything lands (default: data, data/fineweb-edu, data/dir-NAME)
   WORLD_FLAGS="..."      more flags for one stage: CHECK_, WORLD_, DOWNLOAD_, TOKENIZER_, PRETRAIN_,
-                         ENGINE_, IDENTITY_, SFT_, RL_, COMPARE_FLAGS; for example
-                         PRETRAIN_FLAGS="--depth 2 --max-minutes 1"
+                         ENGINE_, IDENTITY_, SFT_, RL_, COMPARE_, EVALUATE_, REPORT_FLAGS;
+                         for example PRETRAIN_FLAGS="--depth 2 --max-minutes 1"
   PYTHON=python3.12      the interpreter to make .venv with (3.10 or newer; default: python3)
 
 A stage is up to date while its script, flags, inputs and outputs are those of the run that made it.
@@ -59,6 +59,9 @@ life_cycle() {
     stage rl        10_rl.py            reads sft/model.safetensors 'tokenizer/*' 'tiny_gsm_*' \
         resumes rl/resume.pt            writes rl/model.safetensors rl/config.json
     stage compare   05_engine.py        flags --compare base sft rl
+    stage evaluate  14_evaluate.py      reads 'shard_*.parquet' 'tokenizer/*' 'tiny_*.jsonl' \
+        'tiny_eval/*' {base,sft,rl}/model.safetensors writes {base,sft,rl}/eval.json
+    stage report    17_report.py        # what it reads is all there is: it runs each time
     in_background table "${stages[@]}"
     echo "this run took $SECONDS s"
 }
@@ -76,8 +79,8 @@ absolute() {  # PATH as seen from where the user called us
 
 same_command() {  # the command that goes on with this run: FRESH would begin it again
     local name
-    for name in DATA NUM_SHARDS EDU_DATA \
-        {CHECK,WORLD,DOWNLOAD,TOKENIZER,PRETRAIN,ENGINE,IDENTITY,SFT,RL,COMPARE}_FLAGS; do
+    for name in DATA NUM_SHARDS EDU_DATA {CHECK,WORLD,DOWNLOAD,TOKENIZER,PRETRAIN,ENGINE}_FLAGS \
+        {IDENTITY,SFT,RL,COMPARE,EVALUATE,REPORT}_FLAGS; do
         case ${!name:-} in
             "") ;;
             *\'*) printf '%s=%q ' "$name" "${!name}" ;;

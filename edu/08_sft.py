@@ -1399,10 +1399,12 @@ def shown_again(conversation, repeat):
     return {"messages": [{**first, "content": content}, *rest]}
 
 
+# --- shared: answers (home: 08_sft.py) ---
 def answer_is_right(reply, answers):
     """Does the reply hold one of the answers, as whole words, whatever their case?"""
     return any(re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", reply, re.IGNORECASE)
                for answer in answers)
+# --- end shared ---
 
 
 def held_out_prompts(data_dir, limit):

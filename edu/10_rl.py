@@ -1485,6 +1485,7 @@ def pass_at_k(n, c, k):
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
+# --- shared: wilson (home: 14_evaluate.py) ---
 def wilson_interval(share, n, z=1.96):
     """95% interval (low, high) of a share seen in n tries; within 0 and 1, even at 0 or 1."""
     if n == 0:
@@ -1492,6 +1493,7 @@ def wilson_interval(share, n, z=1.96):
     middle, spread = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n
                                                             + z * z / (4 * n * n))
     return max(0.0, middle - spread) / (1 + z * z / n), (middle + spread) / (1 + z * z / n)
+# --- end shared ---
 
 
 # ---- the idea: rollouts and what they earn -------------------------------------------------------

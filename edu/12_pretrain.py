@@ -832,6 +832,7 @@ def lr_multiplier(progress, cfg):
 # ---- the idea: the loss --------------------------------------------------------------------------
 
 
+# --- shared: train-step (home: 12_pretrain.py) ---
 class SlicedCrossEntropy(torch.autograd.Function):
     """Cross-entropy of softcapped logits, with its gradient, a slice of the tokens at a time.
 
@@ -923,11 +924,13 @@ class TrainStep:
         for optimizer in self.optimizers:
             optimizer.zero_grad()
         return loss.item(), norm_of_all
+# --- end shared ---
 
 
 # ---- the idea: bits per byte and what it is measured against -------------------------------------
 
 
+# --- shared: bits-per-byte (home: 12_pretrain.py) ---
 def validation_rows(texts, tokenizer, T, max_tokens=None):
     """The validation text as rows (N, T) of inputs and targets, every token a target once.
 
@@ -971,6 +974,7 @@ def evaluate_bpb(model, inputs, targets, token_bytes, dtype, batch_size=16, rank
         nats, num_bytes = both.unbind()
     # bpb = nats / (ln 2 * bytes)
     return (nats / (math.log(2) * num_bytes)).item(), int(num_bytes)
+# --- end shared ---
 
 
 def count_ladder(train_ids, inputs, targets, token_bytes):

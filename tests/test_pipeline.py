@@ -17,7 +17,7 @@ import pytest
 from conftest import ROOT, kill_tree, run_process
 
 STAGES = ["check", "world", "download", "tokenizer", "pretrain", "engine", "identity", "sft", "rl",
-          "compare"]
+          "compare", "evaluate", "report"]
 SCRIPTS = {
     "check": "03_check_setup.py",
     "world": "00_tiny_world.py",
@@ -28,8 +28,10 @@ SCRIPTS = {
     "identity": "06_identity.py",
     "sft": "08_sft.py",
     "rl": "10_rl.py",
+    "evaluate": "14_evaluate.py",
+    "report": "17_report.py",
 }
-ALWAYS = ["check", "engine", "compare"]  # they write nothing, so they are never up to date
+ALWAYS = ["check", "engine", "compare", "report"]  # not up to date, ever: nothing to compare
 
 STUB = '''
 import os, shutil, sys, time
@@ -77,6 +79,9 @@ elif name in ("08_sft", "10_rl"):
     source, stage = ("base", "sft") if name == "08_sft" else ("sft", "rl")
     write(f"{stage}/model.safetensors", (data / source / "model.safetensors").read_text())
     write(f"{stage}/config.json", "{}")
+elif name == "14_evaluate":
+    for stage in ("base", "sft", "rl"):
+        write(f"{stage}/eval.json", "{}")
 elif name == "12_pretrain":
     print("step 1")
     if os.environ.get("KILLED"):
@@ -206,11 +211,11 @@ def test_fresh_runs_every_stage_again(finished):
     ("changed", "again"),
     [
         # the shards come out the same, the chats and problems are new
-        ("edu/00_tiny_world.py", {"world", "download", "sft", "rl"}),
-        ("edu/12_pretrain.py", {"pretrain", "sft", "rl"}),
-        ("edu/08_sft.py", {"sft", "rl"}),
-        ("data/shard_00001.parquet", {"download", "tokenizer", "pretrain", "sft", "rl"}),
-        ("data/tokenizer/config.json", {"tokenizer", "pretrain", "sft", "rl"}),
+        ("edu/00_tiny_world.py", {"world", "download", "sft", "rl", "evaluate"}),
+        ("edu/12_pretrain.py", {"pretrain", "sft", "rl", "evaluate"}),
+        ("edu/08_sft.py", {"sft", "rl", "evaluate"}),
+        ("data/shard_00001.parquet", {"download", "tokenizer", "pretrain", "sft", "rl", "evaluate"}),
+        ("data/tokenizer/config.json", {"tokenizer", "pretrain", "sft", "rl", "evaluate"}),
     ],
 )
 def test_a_changed_script_or_file_runs_its_stage_again_and_those_after_it(finished, changed, again):
@@ -228,7 +233,7 @@ def test_a_missing_output_is_made_again(finished):
 
 def test_changed_flags_run_the_stage_again_and_reach_it_in_words(finished):
     assert finished.run(PRETRAIN_FLAGS="--depth 2 --name 'two words'").returncode == 0
-    assert set(finished.ran()) == {"pretrain", "sft", "rl", *ALWAYS}
+    assert set(finished.ran()) == {"pretrain", "sft", "rl", "evaluate", *ALWAYS}
     assert finished.flags["pretrain"] == ["--depth", "2", "--name", "two", "words"]
 
 
@@ -278,7 +283,8 @@ def test_a_stage_whose_outputs_are_whole_but_which_failed_is_not_up_to_date(fini
     assert (finished.folder / "data/base/model.safetensors").exists()
     assert "world" in finished.ran()
     assert finished.run().returncode == 0
-    assert finished.ran() == ["check", "pretrain", "engine", "sft", "rl", "compare"]
+    assert finished.ran() == [
+        "check", "pretrain", "engine", "sft", "rl", "compare", "evaluate", "report"]
 
 
 def start_and_wait_for(clone, text, **env):
