@@ -1264,7 +1264,7 @@ class Chat:
 
     def load_stage(self, name):
         """Put another model behind the conversation; the old one stays if this one fails."""
-        if not (self.cfg.data_dir / name / "model.safetensors").exists():
+        if not os.path.exists(self.cfg.data_dir / name / "model.safetensors"):
             present = ", ".join(stages_present(self.cfg.data_dir)) or "none"
             raise UserError(f"there is no model {name!r} in {self.cfg.data_dir}, only: {present}")
         model, _ = load_checkpoint(self.cfg.data_dir / name, self.tokenizer, self.device)
@@ -1387,8 +1387,8 @@ def command_save(chat, rest):
         raise UserError("there is nothing to save yet")
     if not rest:
         raise UserError("give a file: /save talk.jsonl")
-    path, lines = Path(rest).expanduser(), []
-    if path.exists():
+    path, lines = Path(os.path.expanduser(rest)), []
+    if os.path.exists(path):  # unlike Path.exists, no exception for any name that one can type
         last = read_conversations(path)[-1]  # refuses a file that holds anything else
         lines = path.read_text(encoding="utf-8").splitlines()
         if last == {"messages": chat.messages[: len(last["messages"])]}:
@@ -1407,7 +1407,7 @@ def command_load(chat, rest):
     if not rest:
         raise UserError("give a file: /load talk.jsonl, or with a line number: /load talk.jsonl 3")
     name, number = re.fullmatch(r"(.+?)(?:\s+(-?\d+))?", rest).groups()
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     conversations = read_conversations(path)
     number = len(conversations) if number is None else int(number)
     if not 1 <= number <= len(conversations):
@@ -1447,7 +1447,7 @@ COMMANDS = {
 
 def obey(chat, line):
     """Do what a line that begins with / asks for."""
-    name, _, rest = line.strip().partition(" ")
+    name, _, rest = line.strip().replace("\0", "\ufffd").partition(" ")  # no path holds a NUL
     if name not in COMMANDS:
         raise UserError(f"there is no {name}, only {' '.join(COMMANDS)}; a message that begins "
                         "with / needs a space before it")
@@ -1481,40 +1481,42 @@ def answer_once(cfg, device):
     question = sys.stdin.read() if cfg.prompt == "-" else cfg.prompt
     if not question.strip():
         raise UserError('the question is empty: give one, for example -p "Who are you?"')
-    try:
-        finished = Chat(cfg, device, Screen(sys.stdout, only_answers=True)).ask(question.strip())
-    except BrokenPipeError:  # the reader has enough, as `head` has after its lines
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the end
-        return 0
-    return 0 if finished else 130
+    screen = Screen(sys.stdout, only_answers=True)
+    return 0 if Chat(cfg, device, screen).ask(question.strip()) else 130
 
 
-def run_chat(cfg):
+def hold_conversation(cfg, device):
     # 1. a model to talk to
-    check_sampling(cfg.temperature, cfg.top_k)
-    if cfg.max_tokens < 1:
-        raise UserError(f"--max-tokens {cfg.max_tokens}: an answer needs at least 1")
-    for stream in (sys.stdin, sys.stdout):  # a byte that is no UTF-8 must not end the program
-        with contextlib.suppress(AttributeError, io.UnsupportedOperation):
-            stream.reconfigure(errors="replace")
-    _, _, _, _, device = compute_init(cfg.device_type or None, cfg.seed)
-    if cfg.prompt is not None:
-        return answer_once(cfg, device)
     screen = Screen(sys.stdout)
     chat = Chat(cfg, device, screen)
     params = sum(p.numel() for p in chat.engine.model.parameters())
-    print(f"15 chat - {device.type} - float32 - {params / 1e6:.1f}M params - stage {chat.stage} - "
-          f"seed {cfg.seed}")
-    print(f"context {chat.context} tokens, temperature {chat.temperature:g}, top-k {chat.top_k}"
-          f"{note_on_stage(chat.stage)}")
-    print("/help lists the commands, Ctrl-C stops an answer, Ctrl-D ends")
+    screen.write(
+        f"15 chat - {device.type} - float32 - {params / 1e6:.1f}M params - stage {chat.stage} - "
+        f"seed {cfg.seed}\n"
+        f"context {chat.context} tokens, temperature {chat.temperature:g}, top-k {chat.top_k}"
+        f"{note_on_stage(chat.stage)}\n"
+        "/help lists the commands, Ctrl-C stops an answer, Ctrl-D ends\n")
 
     # 2. the conversation
     converse(chat, Keyboard(screen, cfg.data_dir / "chat_history"))
 
     # 3. report
-    print(f"result: messages answered 0 -> {chat.answered} (n={chat.answered})")
-    print("next: python edu/17_report.py")
+    screen.write(f"result: messages answered 0 -> {chat.answered} (n={chat.answered})\n"
+                 "next: python edu/17_report.py\n")
+
+
+def run_chat(cfg):
+    check_sampling(cfg.temperature, cfg.top_k)
+    if cfg.max_tokens < 1:
+        raise UserError(f"--max-tokens {cfg.max_tokens}: an answer needs at least 1")
+    for stream in (sys.stdin, sys.stdout):  # a character that one of them lacks is no reason to end
+        with contextlib.suppress(AttributeError, io.UnsupportedOperation):
+            stream.reconfigure(errors="replace")
+    _, _, _, _, device = compute_init(cfg.device_type or None, cfg.seed)
+    try:
+        return (hold_conversation if cfg.prompt is None else answer_once)(cfg, device)
+    except BrokenPipeError:  # the reader has enough, as `head` has after its lines
+        return 0  # every write was flushed, so nothing is left that would fail at exit
 
 
 # ---- the command line ----------------------------------------------------------------------------
