@@ -76,7 +76,7 @@ HEADLINES = ("pretrain", "midtrain", "sft", "rl")  # whose results stand at the 
 CURVES = (
     ("loss", "loss", "nats per token", {"loss": "training", "val_loss": "validation"}),
     ("bpb", "bits per byte", "bits", {"val_bpb": "validation", "ladder_bigram": "counted pairs"}),
-    ("reward", "reward", "share", {"reward": "samples", "accuracy": "held-out, greedy"}),
+    ("reward", "reward", "mean", {"reward": "samples", "accuracy": "held-out, greedy"}),
     ("tools", "calculator use", "share of samples", {"tool_use": "samples that call it"}),
 )
 
@@ -877,7 +877,7 @@ def load_checkpoint(folder, tokenizer, device):
 def finite(value):
     """value as a number, or None: JSON holds whatever the program that wrote it put there."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return value if is_number and math.isfinite(value) else None
+    return value if is_number and abs(value) < 1e30 else None  # neither nan nor infinity is
 
 
 def as_dict(value):
@@ -1060,7 +1060,10 @@ def sample_parts(ids, tokenizer, stops):
 
 
 def sample_stage(folder, cfg, device):
-    """(parameters, answers in parts to cfg.ask and then cfg.go_on), all decoded in one batch."""
+    """(parameters, answers in parts to cfg.ask and then cfg.go_on), all decoded in one batch.
+
+    An answer is None where the prompt leaves no room in the context.
+    """
     tokenizer = Tokenizer.from_dir(folder.parent / "tokenizer")
     model, _ = load_checkpoint(folder, tokenizer, device)
     special, engine = tokenizer.encode_special, Engine(model, tokenizer)
@@ -1068,11 +1071,14 @@ def sample_stage(folder, cfg, device):
               special("<|user_end|>"), special("<|assistant_start|>")] for text in cfg.ask]
     prompts = asked + [tokenizer.encode(text, prepend="<|bos|>") for text in cfg.go_on]
     params = sum(p.numel() for p in model.parameters())
-    if not prompts:
-        return params, []
-    rows, _ = engine.generate_batch(prompts, 1, cfg.max_tokens, temperature=0.0)
-    return params, [sample_parts(row[len(ids) :], tokenizer, engine.stops)
-                    for ids, row in zip(prompts, rows)]
+    answers, room = [None] * len(prompts), model.config.sequence_len - cfg.max_tokens
+    fitting = [i for i, ids in enumerate(prompts) if len(ids) <= room]
+    if fitting:
+        rows, _ = engine.generate_batch([prompts[i] for i in fitting], 1, cfg.max_tokens,
+                                        temperature=0.0)
+        for i, row in zip(fitting, rows):
+            answers[i] = sample_parts(row[len(prompts[i]) :], tokenizer, engine.stops)
+    return params, answers
 
 
 def collect_run(cfg, data_dir, device):
@@ -1087,13 +1093,18 @@ def collect_run(cfg, data_dir, device):
             continue  # said already
         try:
             stage["params"], stage["samples"] = sample_stage(data_dir / name, cfg, device)
-        except (UserError, ValueError) as error:
-            reason = " ".join(str(error).split("\n")[0].split())
-            missing.append(f"no samples of {name}: {plain(reason)}")
-    return {"report": 1, "date": datetime.datetime.now().isoformat(" ", "minutes"),
-            "environment": describe_environment(device), "prompts": [*cfg.ask, *cfg.go_on],
-            "asked": len(cfg.ask), "pipeline": read_pipeline(data_dir, missing),
-            "stages": stages, "missing": missing}
+        except UserError as error:
+            missing.append(f"no samples of {name}: " + str(error).split("\n")[0])
+        without = stage["samples"].count(None)
+        if without:
+            missing.append(f"no samples of {name} for {without} prompts: with {cfg.max_tokens} "
+                           "tokens of answer they do not fit its context")
+    models = [data_dir / name / "model.safetensors" for name in cfg.stages]
+    ended = max((path.stat().st_mtime for path in models if path.is_file()), default=None)
+    date = datetime.datetime.fromtimestamp(ended).isoformat(" ", "minutes") if ended else "unknown"
+    return {"report": 1, "date": date, "environment": describe_environment(device),
+            "prompts": [*cfg.ask, *cfg.go_on], "asked": len(cfg.ask),
+            "pipeline": read_pipeline(data_dir, missing), "stages": stages, "missing": missing}
 
 
 def other_run(cfg, device):
@@ -1126,7 +1137,7 @@ def mended_report(found):
         scores = {key: {part: finite(as_dict(score).get(part)) for part in
                         ("score", "n", "chance", "low", "high")}
                   for key, score in as_dict(stage.get("scores")).items()}
-        samples = [[[str(kind), str(text)] for kind, text in as_pairs(sample)]
+        samples = [sample and [[str(kind), str(text)] for kind, text in as_pairs(sample)]
                    for sample in as_list(stage.get("samples"))]
         stages[name] = {
             **{key: as_dict(stage.get(key)) for key in ("model", "script", "versions")},
@@ -1151,7 +1162,7 @@ def as_pairs(value):
 
 # ---- the idea: a curve is a few lines of SVG -----------------------------------------------------
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 440, 250, 46, 14, 48, 30
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 440, 250, 46, 14, 48, 34
 PICTURE_STYLE = """
 svg { color: #1c2430; font: 12px system-ui, sans-serif; }
 svg text { fill: currentColor; }
@@ -1170,7 +1181,7 @@ svg .other { stroke-dasharray: 4 3; stroke-opacity: .6; }
 
 def nice_ticks(low, high, count=4):
     """About `count` round numbers (1, 2, 2.5 or 5 times a power of ten) that enclose low..high."""
-    span = (high - low) or 1.0
+    span = high - low if high - low > 1e-9 else 1.0
     power = 10.0 ** math.floor(math.log10(span / count))
     step = next(power * m for m in (1, 2, 2.5, 5, 10) if span / (power * m) <= count)
     first, last = math.floor(low / step), math.ceil(high / step)
@@ -1178,7 +1189,10 @@ def nice_ticks(low, high, count=4):
 
 
 def draw_chart(title, unit, series):
-    """An SVG picture of series [(label, points [[x, y], ...], css classes)]; both axes hold 0."""
+    """An SVG picture of series [(label, points [[x, y], ...], css classes)]; both axes hold 0.
+
+    A series of the class "other" is known by its dashes and needs no line in the legend.
+    """
     xs = [x for _, points, _ in series for x, _ in points]
     ys = [y for _, points, _ in series for _, y in points]
     x_low, x_high = min(0, *xs), max(1, *xs)
@@ -1208,13 +1222,15 @@ def draw_chart(title, unit, series):
     for label, points, classes in series:
         path = "L".join("{:.1f} {:.1f}".format(*at(x, y)) for x, y in points)
         lines.append(f'<path class="line {classes}" d="M{path}"/>')
+        if "other" in classes:
+            continue
         if len(points) <= 12 and len(points) != 2:  # two ends of a line need no marks
             lines += ['<circle class="dot {}" cx="{:.1f}" cy="{:.1f}" r="2.5"/>'.format(
                 classes, *at(x, y)) for x, y in points]
         lines.append(f'<path class="line {classes}" d="M{right} 30h16"/>'
                      f'<text x="{right + 20}" y="34">{html.escape(label)}</text>')
         right += 36 + round(6.4 * len(label))
-    return "\n".join([*lines, f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 2}" text-anchor="end" '
+    return "\n".join([*lines, f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 4}" text-anchor="end" '
                       'opacity=".7">step</text>', "</svg>"])
 
 
@@ -1306,7 +1322,10 @@ def headline_section(run, other):
     for row in (by_name[name] for name in HEADLINES if name in by_name):
         if row.get("metric") is not None:
             before, after = shown_number(row.get("before")), shown_number(row.get("after"))
-            rows.append((f"{row['stage']}: {row['metric']}", f"{before} \u2192 {after}"))
+            theirs = [each for each in (other["pipeline"] if other else ())
+                      if each["stage"] == row["stage"] and each.get("metric") == row["metric"]]
+            rows.append((f"{row['stage']}: {row['metric']}", f"{before} \u2192 {after}" + "".join(
+                f" (other {shown_number(each.get('after'))})" for each in theirs)))
     return Section("", lines=rows)
 
 
@@ -1317,33 +1336,30 @@ def pipeline_section(run, other):
     theirs = {row["stage"]: row for row in other["pipeline"]} if other else {}
     rows = []
     for row in run["pipeline"]:
-        before = theirs.get(row["stage"], {})
-        cells = [shown_number(row.get(key)) for key in ("seconds", "peak_mb")]
-        if other:
-            cells = [cell for key in ("seconds", "peak_mb") for cell in side_by_side(
-                finite(row.get(key)), finite(before.get(key)))]
-        result = [shown_number(row.get(key)) for key in ("before", "after")]
-        rows.append([row["stage"], *cells, plain(row.get("metric") or "-"), *result,
-                     *([shown_number(before.get("after"))] if other else []),
-                     shown_number(row.get("n"))])
+        seconds, peak_mb, after = (
+            beside(row.get(key), theirs.get(row["stage"], {}).get(key), other)
+            for key in ("seconds", "peak_mb", "after"))
+        rows.append([row["stage"], seconds, peak_mb, plain(row.get("metric") or "-"),
+                     shown_number(row.get("before")), after, shown_number(row.get("n"))])
     total = total_seconds(run)
     if total is not None:
-        sums = side_by_side(total, total_seconds(other)) if other else [shown_number(total)]
-        rows.append([[["strong", "all"]], *sums] + [None] * (9 if other else 5))
-        rows[-1] = rows[-1][: len(rows[0])]
-    header = ["stage", "seconds", "peak MB", "what shows that it worked", "before", "after", "n"]
-    if other:
-        header = ["stage", "seconds", "other", "difference", "peak MB", "other", "difference",
-                  "what shows that it worked", "before", "after", "after, other", "n"]
-    return Section("What each stage did", tables=[(header, rows)],
-                   note="Each row is of the stage's last run; a stage that was up to date kept it.")
+        rows.append([[["strong", "all"]], beside(total, other and total_seconds(other), other),
+                     *[None] * 5])
+    return Section(
+        "What each stage did", "Each row is of the stage's last run; a stage that was up to date "
+        "kept it." + (" This run / the other (difference)." if other else ""),
+        tables=[(["stage", "seconds", "peak MB", "what shows that it worked", "before", "after",
+                  "n"], rows)])
 
 
-def side_by_side(mine, theirs):
-    """Three cells: this run's number, the other's, and the difference where there are both."""
-    both = mine is not None and theirs is not None
-    return [shown_number(mine), shown_number(theirs),
-            shown_number(mine - theirs, "+") if both else "-"]
+def beside(mine, theirs, other):
+    """A number as text, and with another run: this one's / that one's (difference)."""
+    if not other:
+        return shown_number(mine)
+    both = f"{shown_number(mine)} / {shown_number(theirs)}"
+    if finite(mine) is None or finite(theirs) is None:
+        return both
+    return f"{both} ({shown_number(round(mine - theirs, 6), '+')})"
 
 
 def shown_score(score):
@@ -1402,7 +1418,7 @@ def samples_section(run, other):
             rows += [[name, mine]] if mine is not None else []
             rows += [[f"{name}, other", theirs]] if theirs is not None else []
         if rows:
-            how = "asked" if i < run["asked"] else "to be continued"
+            how = "asked" if i < run["asked"] else "continued"
             tables.append(([how, prompt], rows))
     return Section("Samples", "The same prompts for every stage, always the likeliest token; "
                    "calls of the calculator in brackets.", tables=tables) if tables else None
@@ -1423,6 +1439,7 @@ def settings_section(run, other):
     if not settings:
         return None
     names = list(dict.fromkeys(key for rows in settings.values() for key in rows))
+    names.sort(key=lambda name: name.startswith("--") + 2 * name.startswith("trained with"))
     if not other:
         rows = [[name, *(rows.get(name) for rows in settings.values())] for name in names]
         return Section("Settings", tables=[(["setting", *settings], rows)], folded=True)
@@ -1462,14 +1479,15 @@ def report_sections(run, other=None):
 
 
 # What Markdown would take for its own, as entities; a line's end would end the row of a table.
-MARKDOWN = {ord(c): f"&#{ord(c)};" for c in "&<>|`*_[]\\$~"} | {10: "<br>", 9: " "}
+MARKDOWN = {ord(c): f"&#{ord(c)};" for c in "&<>|`*[]\\$~"} | {10: "<br>", 9: " "}
 
 
 def markdown_cell(cell):
     if cell is None:
         return ""
     if isinstance(cell, str):
-        return plain(cell).translate(MARKDOWN)
+        text = plain(cell).translate(MARKDOWN)
+        return re.sub(r"(?<![^\W_])_|_(?![^\W_])", "&#95;", text)  # n_head may stay as it is
     marks = {"call": ("[", "]"), "strong": ("**", "**")}
     parts = [(marks.get(kind, ("", "")), markdown_cell(text)) for kind, text in cell]
     return "".join(f"{before}{text}{after}" for (before, after), text in parts)
@@ -1482,7 +1500,7 @@ def markdown_table(header, rows):
 
 def markdown_report(run, other=None):
     """The report as Markdown; its pictures are files beside it."""
-    blocks = [f"# A run of Zero to RLHF\n\n{plain(run['date'])}"
+    blocks = [f"# A run of Zero to RLHF\n\ntrained until {markdown_cell(run['date'])}"
               + (f", beside a run of {markdown_cell(other['date'])}" if other else "")]
     for section in report_sections(run, other):
         if section.title:
@@ -1590,10 +1608,10 @@ def html_section(section):
 
 def html_report(run, other=None):
     """The report as one HTML file: no script, nothing from outside, and a policy that says so."""
-    date = html_cell(run["date"]) + (f", beside a run of {html_cell(other['date'])}" if other
-                                     else "")
-    machine = ", ".join(html_cell(plain(run["environment"].get(key, ""))) for key in
-                        ("CPU", "machine")) + f", {html_cell(run['environment'].get('cores'))} cores"
+    date = f"trained until {html_cell(run['date'])}" + (
+        f", beside a run of {html_cell(other['date'])}" if other else "")
+    has = run["environment"]
+    machine = html_cell(f"{has['CPU']}, {has['cores']} cores, {has['machine']}")
     return "\n".join([
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '

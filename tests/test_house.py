@@ -25,7 +25,7 @@ from conftest import EDU, ROOT, run_process
 ORDER = [
     "train_tiny_chat", "03_check_setup", "04_block", "00_tiny_world", "01_download", "11_tokenizer",
     "02_dataloader", "12_pretrain", "05_engine", "06_identity", "07_sft_data", "08_sft", "09_gsm8k",
-    "10_rl", "15_chat",
+    "10_rl", "15_chat", "17_report",
 ]  # fmt: skip
 # Flags that make a Run line cheap; they come after its own, so they win.
 SMALLEST = {
