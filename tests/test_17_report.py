@@ -130,9 +130,9 @@ def test_a_run_is_reported_whole(run_folder, capsys):
     assert out.splitlines()[-2:] == [
         "result: stages with a model in the report 0 -> 3 (n=3)", "next: python edu/15_chat.py"]
     for word in ("Who are you?", "3 min 23 s", "1.375 \u2192 0.4375", "0.03125 \u2192 0.9688",
-                 "1,017", "54,321", "14.0 MB", "0.250 (0.15..0.35)", "0.750 (0.65..0.85)", "0.516", "4,567",
-                 "--matrix-lr", "0.0375", "2.0.7", "102", report.platform.python_version(),
-                 torch.__version__):
+                 "1,017", "54,321", "14.0 MB", "0.250 (0.15..0.35)", "0.750 (0.65..0.85)", "0.516",
+                 "4,567", "--matrix-lr", "0.0375", "2.0.7", "102",
+                 report.platform.python_version(), torch.__version__):
         assert word in html.unescape(page), word
         assert word in html.unescape(text), word
 
@@ -459,6 +459,17 @@ def test_the_newest_row_of_a_stage_counts_and_they_stand_in_order(run_folder):
     assert report.total_seconds({"pipeline": rows}) == 2.5 + 9 + 100.25 + 77.5 + 40.5 + 1
 
 
+def test_a_stage_that_runs_again_has_no_row_of_its_last_time(run_folder):
+    missing = []
+    (run_folder / ".pipeline").mkdir()
+    for name in ("sft", "rl", "report"):
+        (run_folder / f".pipeline/{name}.begun").touch()
+    write_json(run_folder / ".pipeline/rl.json", {"row": PIPELINE[3]})  # begun, and done since
+    rows = report.read_pipeline(run_folder, missing)
+    assert [row["stage"] for row in rows] == ["check", "pretrain", "rl"]
+    assert missing == ["the stage sft of my_pipeline.sh was begun and has not ended"]
+
+
 @pytest.mark.parametrize(("seconds", "text"), [
     (0, "0 s"), (0.4, "0 s"), (59.6, "1 min 0 s"), (61, "1 min 1 s"), (428, "7 min 8 s"),
     (3600, "1 h 0 s"), (7325, "2 h 2 min 5 s")])  # fmt: skip
@@ -471,8 +482,8 @@ def test_durations_are_worked_by_hand(seconds, text):
 HOSTILE = [
     "<script>alert(1)</script>", "</td></tr></table><h1>x", "a | b | c", "two\nlines\n\n# three",
     "`code` **bold** _it_ [a](javascript:x) ![i](http://x) <http://x> ~~s~~ $x$", "\\| \\\\| \\",
-    "&lt; &amp; &#124;", "| --- |\n| x |", "\x1b[2J\x00\u0085", "\u202e\u00e9\U0001f600", "\ud800",
-    "", "'\"", "n_head snake_case_ _x",
+    "&lt; &amp; &#124;", "| --- |\n| x |", "\x1b[2J\x00\u0085", "\u202e\u00e9\U0001f600",
+    "\ud800", "", "'\"", "n_head snake_case_ _x",
 ]  # fmt: skip
 
 
@@ -495,7 +506,9 @@ def hostile_run(run, text):
 def test_text_from_a_model_stays_text_in_html(run_folder, text):
     run = collect(run_folder)
     tags = Reader(report.html_report(run)).tags
-    reader = Reader(report.html_report(hostile_run(run, text)))
+    page = report.html_report(hostile_run(run, text))
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", page) and page.encode()
+    reader = Reader(page)
     assert set(reader.tags) <= {*tags, "ul", "li", "span"}
     shown = report.plain(text)
     row = next(row for row in reader.rows if row[0] == "rl" and len(row) == 2)
@@ -537,6 +550,9 @@ def other_of(run_folder, tmp_path):
     scores = json.loads((other / "rl/eval.json").read_text())
     scores["scores"]["facts"].update(score=0.4, low=0.3, high=0.5)
     write_json(other / "rl/eval.json", scores)
+    scores = json.loads((other / "sft/eval.json").read_text())  # 0.4..0.6 there
+    scores["scores"]["facts"].update(score=0.45, low=0.35, high=0.55)
+    write_json(other / "sft/eval.json", scores)
     write_json(other / "pipeline.json", [{**PIPELINE[2], "seconds": 50.5, "after": 0.5}])
     return other
 
@@ -558,9 +574,10 @@ def test_two_runs_stand_side_by_side_with_their_differences(run_folder, tmp_path
         assert "912 / 912 (+0)" in told
         assert "0.9375 / 0.5 (+0.4375)" in told
         assert "203.25"[:5] in told and "/ 50.5 (+152.8)" in told  # the totals
-        assert "0.500 / 0.500 (+0.000)" in told  # facts of sft
+        assert "0.500 / 0.450 (+0.050)" in told  # facts of sft
         assert "Settings that differ" in told and "new-flag" in told
     assert "<strong>0.750 / 0.400 (+0.350)</strong>" in page  # 0.65..0.85 and 0.30..0.50
+    assert "<strong>0.500" not in page  # these intervals meet
     assert "**0.750 / 0.400 (+0.350)**" in text
     differing = [row for row in Reader(page).rows if row[0] == "sft" and row[1][:2] == "--"]
     assert differing == [["sft", "--matrix-lr", "0.025", "0.5"], ["sft", "--new-flag", "", "on"]]
