@@ -1791,7 +1791,8 @@ def reply_right(engine, task, cfg):
 # where the system allows, without network and other processes. All this holds off accidents. It is
 # no security boundary: the code can read whatever the user who runs it can read.
 WARNING = ("warning: HumanEval runs code that the model has written, in a process with limits.\n"
-           "  That is no security boundary: for a model you do not trust, use a virtual machine.")
+           "  That is no security boundary: for a model you do not trust, use a virtual machine.\n"
+           "  Limits on time, memory and files hold; ")
 
 # Runs in a fresh interpreter, which is small and has no threads, and becomes the program's
 # interpreter. Each step may be refused by the system; what was granted goes to the pipe `done`.
@@ -1874,50 +1875,59 @@ def run_program(program, seconds=5.0):
     The end is known by a word, chosen anew each time, that the program writes as its last deed: an
     exit before that, with whatever code, is no success.
     """
+    word = secrets.token_hex(16)
+    heard, said, why = run_apart(program, word, seconds)
+    if word in heard:
+        return True, ""
+    lines = said.strip().splitlines()
+    return False, why or (lines[-1][:200] if lines else "it ended before its tests did")
+
+
+def sandbox_report():
+    """What this system grants, in words: for the user to know before anything is run."""
+    granted = run_apart("", "", 5.0)[0].strip().split(", ")
+    hopes = {"no network": "no network and no process left behind",
+             "few processes": "8 processes at most"}
+    return "; ".join(text if hope in granted else f"NOT so here: {text}"
+                     for hope, text in hopes.items())
+
+
+def run_apart(program, word, seconds):
+    """Run the Python text in a process with limits: (what came through the pipe: the launcher's
+    grants and the word, the end of what it printed, why it was killed or "").
+    """
     if os.name != "posix":
         raise UserError("programs are run under the limits of a POSIX system, which Windows does "
                         "not have: use WSL, or leave --humaneval and --hub out.")
-    word = secrets.token_hex(16)
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        read, done = os.pipe()
-        os.set_inheritable(done, True)
-        program = f"{PRELUDE}{program}\n__import__('os').write({done}, b'{word}')\n"
+    read, done = os.pipe()
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, \
+            open(read, "rb", buffering=0) as pipe, open(Path(folder) / ".said", "w+b") as said:
         try:
-            with open(Path(folder) / ".said", "w+b") as said:
-                why = watch_program(program, done, seconds, folder, said)
-                said.seek(max(0, said.seek(0, 2) - 2000))
-                lines = said.read().decode("utf-8", "replace").strip().splitlines()
-            os.set_blocking(read, False)  # a process that got away may hold the other end open
-            os.close(done)
-            done = None
-            with contextlib.suppress(BlockingIOError):
-                if word.encode() in os.read(read, 4096):
-                    return True, ""
+            program = f"{PRELUDE}{program}\n__import__('os').write({done}, b'{word}')\n"
+            why = watch_program(program, done, seconds, folder, said)
         finally:
-            for end in (read, done):
-                if end is not None:
-                    os.close(end)
-    return False, why or (lines[-1] if lines else "it ended before its tests did")
+            os.close(done)
+        os.set_blocking(read, False)  # a process that got away may hold the other end open
+        heard = pipe.read(4096) or b""
+        said.seek(max(0, said.seek(0, os.SEEK_END) - 2000))
+        return heard.decode("utf-8", "replace"), said.read().decode("utf-8", "replace"), why
 
 
 def watch_program(program, done, seconds, folder, said):
-    """Start the launcher, feed it the program, kill it and all it has started; why it was killed.
-    """
+    """Start the launcher, feed it the program, kill all that is left; why it did not end, or ""."""
     command = [sys.executable, "-I", "-S", "-c", LAUNCHER, str(done), str(math.ceil(seconds))]
     environment = {"PATH": os.defpath, "HOME": folder, "TMPDIR": folder, "LANG": "C.UTF-8"}
-    process = subprocess.Popen(command, cwd=folder, env=environment, stdin=subprocess.PIPE,
-                               stdout=said, stderr=subprocess.STDOUT, pass_fds=[done],
-                               start_new_session=True)
-    try:
-        process.communicate(program.encode("utf-8", "replace"), timeout=seconds)
-        return ""
-    except subprocess.TimeoutExpired:
-        return f"not done after {seconds:g} s"
-    finally:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.stdin.close() if process.returncode is None else None
-        process.wait()
+    with subprocess.Popen(command, cwd=folder, env=environment, stdin=subprocess.PIPE, stdout=said,
+                          stderr=subprocess.STDOUT, pass_fds=[done],
+                          start_new_session=True) as process:
+        try:
+            process.communicate(program.encode("utf-8", "replace"), timeout=seconds)
+            return ""
+        except subprocess.TimeoutExpired:
+            return f"not done after {seconds:g} s"
+        finally:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 # ---- the loop ------------------------------------------------------------------------------------
@@ -1992,6 +2002,7 @@ def evaluate_stage(model, tokenizer, questions, cfg, title=""):
         right = (choice_right(model, tokenizer, task, cfg.batch_tokens)
                  if isinstance(task, ChoiceTask) else reply_right(engine, task, cfg))
         scores[name] = share_score("chat", right, task.random_baseline())
+        scores[name]["unfit"] = chat_prompts(task, model, tokenizer).count(None)
         bar.update()
     if questions.chat:
         scores["ChatCORE"] = mean_centred("chat mean", {name: scores[name]
@@ -2053,6 +2064,8 @@ def print_scores(found):
             interval = f"({score['low']:.2f}..{score['high']:.2f})"
             line += f"  {score['score']:.3f} {interval:>12}"
         print(line)
+        if first.get("unfit"):
+            print(f"  {first['unfit']} prompts do not fit the context and count as wrong")
     print("chance: what guessing scores; in brackets the 95% interval; CORE and ChatCORE are means "
           "of\ncentred scores, 0 for guessing and 1 for perfect; of bits per byte less is better")
 
@@ -2070,8 +2083,10 @@ def run(cfg):
                         "  Train one: python edu/12_pretrain.py")
     lengths = [load_sequence_len(cfg.data_dir / stage) for stage in present]
     questions, notes = gather_questions(cfg, parts, tokenizer, min(lengths))
-    for note in [*notes, *([WARNING] if "HumanEval" in questions.chat else [])]:
-        print(note)
+    if "HumanEval" in questions.chat:
+        notes.append(WARNING + sandbox_report())
+    if notes:
+        print("\n".join(notes))
 
     # 2. ask every stage
     found = {}
