@@ -1447,6 +1447,7 @@ def core_spans(kind, rows, sequence_len):
     return [(row[c:], max(1, start - c), end - c) for c, (row, start, end) in zip(cut, spans)]
 
 
+# --- shared: batched-logits (home: 14_evaluate.py) ---
 def like_lengths(lengths, budget):
     """Yield lists of row numbers: rows of like length together, budget ids at most with padding."""
     batch = []
@@ -1471,6 +1472,7 @@ def hidden_of(model, rows):
 def logits_of(model, hidden):
     """(N, C) -> (N, V), softcapped as in GPT.forward; only for the places that are wanted."""
     return 15.0 * torch.tanh(model.lm_head(hidden).float() / 15.0)
+# --- end shared ---
 
 
 @torch.inference_mode()
@@ -1620,6 +1622,30 @@ def choices_from_chats(conversations, seed):
             choices.insert(gold, answer)
             questions.append({"question": question, "choices": choices, "gold": gold})
     return questions
+
+
+@torch.inference_mode()
+def choice_right(model, tokenizer, questions, budget=8192):
+    """Whether the likeliest letter, among the letters of the choices only, is the right one.
+
+    One forward pass and no sampling: a model that would rather talk is still understood. A prompt
+    that does not fit the context counts as wrong. Returns a list of bools.
+    """
+    letters = [tokenizer.encode(letter) for letter in LETTERS]
+    assert all(len(ids) == 1 for ids in letters), f"letters must be single tokens: {letters}"
+    letters, right = torch.tensor(letters)[:, 0], [False] * len(questions)
+    prompts = [render_for_completion([{"role": "user", "content": render_choices(
+        item["question"], item["choices"])}], tokenizer) for item in questions]
+    fit = [i for i, ids in enumerate(prompts) if len(ids) < model.config.sequence_len]
+    for batch in like_lengths([len(prompts[i]) for i in fit], budget):
+        batch = [fit[b] for b in batch]
+        hidden = hidden_of(model, [prompts[i] for i in batch])
+        last = torch.tensor([len(prompts[i]) - 1 for i in batch], device=hidden.device)
+        logits = logits_of(model, hidden[torch.arange(len(batch), device=hidden.device), last])
+        for i, row in zip(batch, logits.cpu()[:, letters]):
+            count = len(questions[i]["choices"])
+            right[i] = int(row[:count].argmax()) == questions[i]["gold"]
+    return right
 # --- end shared ---
 
 
@@ -1728,29 +1754,6 @@ def chat_prompts(task, model, tokenizer):
              if isinstance(task, ChoiceTask) else item[0] for item in task.items)
     prompts = (render_for_completion(messages, tokenizer) for messages in asked)
     return [ids if len(ids) < model.config.sequence_len else None for ids in prompts]
-
-
-@torch.inference_mode()
-def choice_right(model, tokenizer, task, budget=8192):
-    """Whether the likeliest letter, among the letters of the choices only, is the right one.
-
-    One forward pass and no sampling: a model that would rather talk is still understood. A prompt
-    that does not fit the context counts as wrong.
-    """
-    letters = [tokenizer.encode(letter) for letter in LETTERS]
-    assert all(len(ids) == 1 for ids in letters), f"letters must be single tokens: {letters}"
-    letters = torch.tensor(letters)[:, 0]
-    prompts, right = chat_prompts(task, model, tokenizer), [False] * len(task.items)
-    fit = [i for i, ids in enumerate(prompts) if ids]
-    for batch in like_lengths([len(prompts[i]) for i in fit], budget):
-        batch = [fit[b] for b in batch]
-        hidden = hidden_of(model, [prompts[i] for i in batch])
-        last = torch.tensor([len(prompts[i]) - 1 for i in batch], device=hidden.device)
-        logits = logits_of(model, hidden[torch.arange(len(batch), device=hidden.device), last])
-        for i, row in zip(batch, logits.cpu()[:, letters]):
-            count = len(task.items[i]["choices"])
-            right[i] = int(row[:count].argmax()) == task.items[i]["gold"]
-    return right
 
 
 # --- shared: replies (home: 14_evaluate.py) ---
@@ -1999,7 +2002,7 @@ def evaluate_stage(model, tokenizer, questions, cfg, title=""):
         scores["CORE"] = mean_centred("core mean", {task.label: scores[task.label]
                                                     for task in questions.core})
     for name, task in questions.chat.items():
-        right = (choice_right(model, tokenizer, task, cfg.batch_tokens)
+        right = (choice_right(model, tokenizer, task.items, cfg.batch_tokens)
                  if isinstance(task, ChoiceTask) else reply_right(engine, task, cfg))
         scores[name] = share_score("chat", right, task.random_baseline())
         scores[name]["unfit"] = chat_prompts(task, model, tokenizer).count(None)

@@ -437,7 +437,7 @@ def test_a_model_of_noise_scores_chance_with_letters_whatever_the_number_of_choi
                       "choices": rng.sample(SOUNDS, count), "gold": rng.randrange(count)})
     task = ev.ChoiceTask(items)
     assert task.random_baseline() == pytest.approx(37.5)
-    assert abs(sum(ev.choice_right(model, tokenizer, task)) - 150) <= 42
+    assert abs(sum(ev.choice_right(model, tokenizer, items)) - 150) <= 42
 
 
 def test_a_model_of_noise_does_not_guess_whole_continuations(model, tokenizer):
@@ -480,7 +480,7 @@ def test_only_the_letters_of_the_choices_count(tokenizer):
              {"question": "?", "choices": list("uvwxy"), "gold": 4},
              {"question": "?", "choices": list("uv"), "gold": 1},
              {"question": "word " * 80, "choices": list("uv"), "gold": 0}]  # does not fit
-    assert ev.choice_right(OneLetter(tokenizer), tokenizer, ev.ChoiceTask(items)) == [
+    assert ev.choice_right(OneLetter(tokenizer), tokenizer, items) == [
         True, True, True, False, False]
 
 
@@ -496,7 +496,7 @@ def test_letters_in_batches_are_those_of_one_by_one(model, tokenizer, budget):
         logits = model(torch.tensor([ids]))[0, -1]
         best = max("ABC", key=lambda letter: logits[tokenizer.encode(letter)[0]].item())
         wanted.append("ABC".index(best) == item["gold"])
-    assert ev.choice_right(model, tokenizer, ev.ChoiceTask(items), budget) == wanted
+    assert ev.choice_right(model, tokenizer, items, budget) == wanted
 
 
 def test_choices_made_of_chats_are_of_one_form_and_hold_the_answer_once():
