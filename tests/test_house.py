@@ -24,8 +24,8 @@ from conftest import EDU, ROOT, run_process
 # In this order each finds what it needs. Scripts that are not named come last, sorted.
 ORDER = [
     "train_tiny_chat", "03_check_setup", "04_block", "00_tiny_world", "01_download", "11_tokenizer",
-    "02_dataloader", "12_pretrain", "05_engine", "06_identity", "07_sft_data", "13_midtrain", "08_sft",
-    "09_gsm8k", "10_rl", "14_evaluate",
+    "02_dataloader", "12_pretrain", "05_engine", "06_identity", "07_sft_data", "13_midtrain",
+    "08_sft", "09_gsm8k", "10_rl", "14_evaluate",
 ]  # fmt: skip
 # Flags that make a Run line cheap; they come after its own, so they win.
 SMALLEST = {
