@@ -23,7 +23,7 @@ Expect:
     13 midtrain - cpu - float32 - ...M params - seed 1337
     step     loss       lr    tok/s     eta
     what                          n   before   after    95% interval
-    result: chat loss, nats per token of the assistant 2.513 -> 0.523 (n=10443)
+    result: chat loss, nats per token of the assistant 4.698 -> 0.616 (n=3546)
 
 Writes:
     mid/model.safetensors
@@ -82,7 +82,7 @@ class Config:
     """Multiple-choice questions about the facts in the chats."""
     spelling: float = 1.0
     """Words to spell, and letters to count with the calculator."""
-    mix: tuple[str, ...] = ()
+    mix: tuple[str, ...] | None = None
     """More conversations: --mix NAME=PATH.jsonl:WEIGHT (the weight is 1 when left out)."""
     # the horizon
     num_iterations: int = 200
@@ -1586,7 +1586,7 @@ def load_sources(cfg):
                "problems": (from_file("tiny_gsm_train.jsonl"), cfg.problems),
                "choices": (choice_conversations(choices_from_chats(chats, cfg.seed)), cfg.choices),
                "spelling": (spelling_conversations(words, cfg.seed), cfg.spelling)}
-    for name, path, weight in map(parse_mix, cfg.mix):
+    for name, path, weight in map(parse_mix, cfg.mix or ()):
         if name in sources:
             raise UserError(f"--mix {name}={path}: there is a source called {name}; take another "
                             "name.")

@@ -2,12 +2,14 @@
 
 import json
 import random
+import re
+import signal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import load
+from conftest import flags_of, load, running, wait_for
 from safetensors.torch import load_file
 
 mid = load("13_midtrain")
@@ -254,7 +256,7 @@ def assert_same_weights(a, b, tolerance=0.0):
 
 
 def test_the_form_is_learned_and_the_change_is_said(world, capsys):
-    done = mid.train(settings(world, "learns", num_iterations=300, num_epochs=80, save_every=1000,
+    done = mid.train(settings(world, "learns", num_iterations=250, num_epochs=80, save_every=1000,
                               eval_questions=20, log_every=50))
     table = done["table"]
     n, before, after = table["chat loss"]
@@ -292,24 +294,44 @@ def test_a_killed_and_resumed_run_is_the_uninterrupted_run_to_the_bit(world, mon
     assert timeless[0] == timeless[1]
 
 
+def test_kill_9_costs_only_the_steps_since_the_last_checkpoint(world, tmp_path):
+    long = {"num_iterations": 80, "num_epochs": 30, "save_every": 8, "log_every": 1000}
+    with running("13_midtrain", settings(world, "killed", **long), tmp_path / "log") as process:
+        wait_for((world / "killed" / "resume.pt").exists, process)
+        process.send_signal(signal.SIGKILL)
+    mid.train(settings(world, "killed", resume=True, **long))
+    mid.train(settings(world, "not_killed", **long))
+    assert_same_weights(world / "killed", world / "not_killed")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_saves_and_the_run_goes_on_to_the_same_end(world, monkeypatch, capsys, number):
+    real, count = mid.TrainStep.__call__, iter(range(1000))
+
+    def interrupted(*args):
+        if next(count) == 5:
+            signal.raise_signal(number)
+        return real(*args)
+
+    monkeypatch.setattr(mid.TrainStep, "__call__", interrupted)
+    mid.train(settings(world, "stopped"))
+    out = capsys.readouterr().out
+    assert "stopped at step 6 of 10; --resume" in out and not re.search("^result:", out, re.M)
+    mid.train(settings(world, "stopped", resume=True))
+    assert "resumed at step 6 of 10" in capsys.readouterr().out
+    mid.train(settings(world, "not_stopped"))
+    assert_same_weights(world / "stopped", world / "not_stopped")
+
+
 def test_smaller_passes_give_the_same_run(world):
     mid.train(settings(world, "whole"))
     mid.train(settings(world, "parts", device_batch_size=1))
     assert_same_weights(world / "whole", world / "parts", 2e-4)  # Muon magnifies rounding
 
 
-def flags(cfg):
-    words = []
-    for name, value in vars(cfg).items():
-        flag = name.replace("_", "-")
-        words += ([f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool)
-                  else [f"--{flag}", str(value)] if value not in ("", ()) else [])
-    return words
-
-
 def test_two_ranks_train_as_one(world, run_script):
     cfg = settings(world, "two", num_iterations=4, device_batch_size=2)
-    done = run_script("13_midtrain", *flags(cfg), nproc=2, env={"OMP_NUM_THREADS": "1"})
+    done = run_script("13_midtrain", *flags_of(cfg), nproc=2, env={"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     mid.train(settings(world, "one", num_iterations=4))
     assert_same_weights(world / "one", world / "two", 2e-4)

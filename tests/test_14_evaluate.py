@@ -323,6 +323,7 @@ def test_core_tasks_are_decided_as_a_plain_loop_over_transformers_does(world, mo
                                                                        budget, at_once):
     tasks = ev.core_tasks(ev.Config(data_dir=world))
     assert [task.kind for task in tasks] == ["multiple_choice", "schema", "language_modeling"]
+    assert [task.num_fewshot for task in tasks] == [2, 0, 1]
     theirs = as_transformers(model)
     for task in tasks:
         assert ev.core_right(model, tokenizer, task, budget, at_once) == by_plain_loop(
