@@ -1085,7 +1085,8 @@ def sample_rows(logits, u, temperature, top_k, top_p):
     top_k and top_p need no sorting, the dearest part by far; each is drawn as it would be alone.
     """
     tokens = logits.argmax(dim=-1)
-    ranked = (temperature > 0) & ((top_k > 0) | (top_p < 1))
+    cut = ((top_k > 0) & (top_k < logits.size(-1))) | (top_p < 1)
+    ranked = (temperature > 0) & cut
     for rows, sample in (((temperature > 0) & ~ranked, sample_plain), (ranked, sample_ranked)):
         if rows.any():
             tokens[rows] = sample(logits[rows] / temperature[rows, None].clamp(min=1e-4), u[rows],
