@@ -1175,9 +1175,9 @@ def parts_of(text):
         if i % 2 and equals and expression:
             parts.append({"type": "python", "text": expression})
             parts += [{"type": "python_output", "text": result}] if result else []
-        elif piece or not parts:
+        elif i % 2 or piece:
             parts.append({"type": "text", "text": f"<<{piece}>>" if i % 2 else piece})
-    return parts
+    return parts or [{"type": "text", "text": ""}]
 
 
 # ---- the idea: one batch for all -----------------------------------------------------------------
@@ -1566,16 +1566,17 @@ class Completion(Response):
         self.status_code, self.background = 200, None
 
     async def __call__(self, scope, receive, send):
-        watcher = asyncio.ensure_future(self.watch(receive))
+        watcher = asyncio.ensure_future(self.watch(scope, receive))
         try:
             await (self.stream(send) if self.streamed else self.whole(scope, receive, send))
         finally:
             watcher.cancel()
             self.worker.cancel(self.job)
 
-    async def watch(self, receive):
+    async def watch(self, scope, receive):
         while (await receive())["type"] != "http.disconnect":
             pass
+        scope["client_left"] = True
         self.worker.cancel(self.job)
         self.job.news.put_nowait(ClientDisconnect())
 
@@ -1680,7 +1681,7 @@ class ServerMetrics:
         lines = ["# TYPE edu_requests_total counter"]
         lines += [f'edu_requests_total{{path="{path}",status="{status}"}} {count}'
                   for (path, status), count in sorted(self.counts.items()) if status]
-        for name in ("prompt_tokens", "completion_tokens", "client_disconnects"):
+        for name in ("prompt_tokens", "completion_tokens", "decode_steps"):
             lines += [f"# TYPE edu_{name}_total counter",
                       f'edu_{name}_total {self.counts[name, ""]}']
         for name, value in gauges.items():
@@ -1740,7 +1741,8 @@ class Gate:
         except ApiError as error:
             await error.response()(scope, receive, counting_send)
         finally:
-            self.note(scope, status[0] if status else 499, time.perf_counter() - began)
+            left = scope.get("client_left") or not status
+            self.note(scope, 499 if left else status[0], time.perf_counter() - began)
 
     def check(self, scope):
         """Raise ApiError for a request that must not be looked at any further."""
@@ -1762,12 +1764,11 @@ class Gate:
                                code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
     def note(self, scope, status, seconds):
+        """Count a request and log a line; status 499: the client left before the end."""
         # Paths are not repeated as they come: a foreign one may hold anything, and without end.
         path = scope["path"] if scope["path"] in self.routes else "other"
         self.metrics.counts[path, status] += 1
         self.metrics.observe("request_seconds", seconds)
-        if status == 499:
-            self.metrics.counts["client_disconnects", ""] += 1
         if self.cfg.log_requests:
             print(f"{time.strftime('%H:%M:%S')} {scope['method'][:8]:<4} {path:<20} {status} "
                   f"{seconds:7.3f} s  {scope.get('note', '')}", flush=True)
@@ -1947,7 +1948,8 @@ def make_app(cfg, stages, worker, metrics, lifespan=None):
     @app.get("/metrics")
     async def prometheus():
         gauges = {"queue_depth": worker.queue_depth(), "active_rows": worker.active_rows(),
-                  "decode_steps": worker.steps}
+                  "stages_loaded": len(stages.engines)}
+        metrics.counts["decode_steps", ""] = worker.steps
         return PlainTextResponse(metrics.render(gauges), media_type="text/plain; version=0.0.4")
 
     def describe(name):

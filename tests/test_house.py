@@ -25,7 +25,7 @@ from conftest import EDU, ROOT, run_process
 ORDER = [
     "train_tiny_chat", "03_check_setup", "04_block", "00_tiny_world", "01_download", "11_tokenizer",
     "02_dataloader", "12_pretrain", "05_engine", "06_identity", "07_sft_data", "08_sft", "09_gsm8k",
-    "10_rl",
+    "10_rl", "16_serve",
 ]  # fmt: skip
 # Flags that make a Run line cheap; they come after its own, so they win.
 SMALLEST = {
@@ -39,6 +39,7 @@ SMALLEST = {
     "08_sft": "--identity-repeats 1 --num-epochs 0.2 --eval-prompts 4 --eval-rows 8 --eval-every 8",
     "10_rl": "--num-steps 2 --num-samples 8 --prompts-per-step 2 --eval-problems 4 "
     "--probe-prompts 4 --max-new-tokens 24 --reward hackable",
+    "16_serve": "--measure 2 --measure-tokens 8",
 }
 SCRIPTS = sorted(path.stem for path in EDU.glob("*.py"))
 NAMES = sorted(SCRIPTS, key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER))
