@@ -2127,6 +2127,8 @@ def run_serve(cfg):
     # 1. settings, and a model to serve
     check_serve_settings(cfg)
     _, _, _, _, device = compute_init(cfg.device_type or None)
+    # One core is for the thread that talks: where all of them decode, both wait for each other.
+    torch.set_num_threads(max(1, torch.get_num_threads() - 1))
     stages = Stages(cfg, device)
     engine = stages.load(stages.default())
     params = sum(p.numel() for p in engine.model.parameters())
