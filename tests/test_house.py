@@ -41,6 +41,7 @@ SMALLEST = {
     "--probe-prompts 4 --max-new-tokens 24 --reward hackable",
     "13_midtrain": "--num-iterations 4 --total-batch-size 1536 --eval-questions 8",
     "14_evaluate": "--bpb-tokens 1024 --max-per-task 4 --chat-per-task 4 --max-new-tokens 8",
+    "16_serve": "--measure 2 --measure-tokens 8",
 }
 SCRIPTS = sorted(path.stem for path in EDU.glob("*.py"))
 NAMES = sorted(SCRIPTS, key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER))
