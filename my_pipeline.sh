@@ -61,7 +61,8 @@ life_cycle() {
     stage compare   05_engine.py        flags --compare base sft rl
     stage evaluate  14_evaluate.py      reads 'shard_*.parquet' 'tokenizer/*' 'tiny_*.jsonl' \
         'tiny_eval/*' {base,sft,rl}/model.safetensors writes {base,sft,rl}/eval.json
-    stage report    17_report.py        # what it reads is all there is: it runs each time
+    # it reads all there is and takes seconds, so it runs each time
+    stage report    17_report.py        flags --stages base sft rl
     in_background table "${stages[@]}"
     echo "this run took $SECONDS s"
 }

@@ -972,7 +972,7 @@ def compare_stages(cfg, device):
     first, last = cfg.compare[0], cfg.compare[-1]
     print(f"result: questions right, {first} against {last} {right[first]} -> {right[last]} "
           f"(n={len(CHAT_QUESTIONS)})")
-    print("next: python edu/09_gsm8k.py")
+    print("next: python edu/14_evaluate.py")
 
 
 def run_engine(cfg):

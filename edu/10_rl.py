@@ -1850,7 +1850,7 @@ def train(cfg):
           f"{time.perf_counter() - started:.0f} s in all")
     what = "ten questions" if cfg.ten_questions else "held-out problems"
     print(f"result: {what} right, greedy {before:.3f} -> {after:.3f} (n={len(test_numbers)})")
-    print("next: python edu/05_engine.py --stage " + cfg.stage)
+    print("next: python edu/14_evaluate.py --compare base,sft," + cfg.stage)
     return {"step": step, "before": before, "after": after, "n": len(test_numbers),
             "rows": log.rows}
 

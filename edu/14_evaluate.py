@@ -2115,7 +2115,7 @@ def run(cfg):
     before = f"{first['scores'][name]['score']:.3f}" if len(found) > 1 else "-"
     print(f"result: {name}, {of} {before} -> {last['scores'][name]['score']:.3f} "
           f"(n={last['scores'][name]['n']})")
-    print("next: python edu/05_engine.py --stage " + last["stage"])
+    print("next: python edu/15_chat.py --stage " + last["stage"])
 
 
 def load_sequence_len(folder):

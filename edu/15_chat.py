@@ -26,7 +26,7 @@ Expect:
     context 256 tokens, temperature 0.6, top-k 50
     /help lists the commands, Ctrl-C stops an answer, Ctrl-D ends
     result: messages answered 0 -> 0 (n=0)
-    next: python edu/17_report.py
+    next: python edu/16_serve.py
 
 Writes:
     nothing, but for chat_history, the lines you typed at a terminal, and the file that /save names
@@ -1502,7 +1502,7 @@ def hold_conversation(cfg, device):
 
     # 3. report
     screen.write(f"result: messages answered 0 -> {chat.answered} (n={chat.answered})\n"
-                 "next: python edu/17_report.py\n")
+                 "next: python edu/16_serve.py\n")
 
 
 def run_chat(cfg):

@@ -665,7 +665,7 @@ def test_lines_from_a_pipe_are_turns_and_the_transcript_is_whole(data, monkeypat
     assert lines[3:] == ["you> hello", f"sft> Hi {EMOJI}", "you> /topk 3", "(top-k 3)",
                          "you> \u00e9?", f"sft> Hi {EMOJI}", "you> ",
                          "result: messages answered 0 -> 2 (n=2)",
-                         "next: python edu/17_report.py"]
+                         "next: python edu/16_serve.py"]
 
 
 # ---- a real terminal -----------------------------------------------------------------------------
