@@ -39,7 +39,8 @@ from conftest import EDU, ROOT, load
 
 # name in bench.json: (what, at least); the order is the README's.
 ROWS = {
-    "pipeline": ("`bash my_pipeline.sh` whole, installation aside", "480 s"),
+    "pipeline": ("`bash my_pipeline.sh` whole, installation aside", "540 s"),
+    "rlhf": ("of it, up to base, SFT and RL model side by side", "480 s"),
     "base": ("of it, up to the samples of the base model", "300 s"),
     "bigram": ("tiny world, bits per byte on validation, beside counted token pairs", "2x"),
     "xz": ("the same beside a packer that has the training text as its prefix", "1x"),
@@ -59,9 +60,19 @@ ROWS = {
     "rl nanochat": ("the same step", "1x"),
     "loader": ("loader, and raw tiktoken on the same text", "0.85x"),
     "loader memory": ("resident growth while streaming a parquet file of 1 GB", "50 MB"),
-    "suite": ("`bash tests/run.sh`, installation aside", "300 s"),
+    "serve first token": ("server, first token of an answer while nobody else asks", "300 ms"),
+    "serve first token, worst": ("the same, worst of 30", "300 ms"),
+    "serve POST /v1/chat/completions": ("server, `POST /v1/chat/completions`, one token", ""),
+    "serve GET /v1/models": ("server, `GET /v1/models`", ""),
+    "serve GET /": ("server, `GET /`", ""),
+    "serve GET /health": ("server, `GET /health`", ""),
+    "serve GET /metrics": ("server, `GET /metrics`", ""),
+    **{f"serve {n}{what}": (f"server, {n} client{'s' * (n > 1)}{what and ',' + what}",
+                            "4x" if n == 16 and not what else "")
+       for n in (1, 2, 4, 8, 16) for what in ("", " first token")},
+    "suite": ("`bash tests/run.sh`, installation aside", "360 s"),
 }
-LESS_IS_MORE = ("s", "MB", "bits per byte")  # units
+LESS_IS_MORE = ("s", "ms", "MB", "bits per byte")  # units
 
 # How 1.1 MB of Shakespeare is learned in seconds: many small steps of a small model.
 SHAKESPEARE_BPB = 2.712  # 1.88 nats per character, where nanoGPT's run on a CPU ends
@@ -76,7 +87,7 @@ NANOGPT_FLAGS = (  # of nanoGPT's README, for a machine without a GPU
     "--dropout=0.0")
 
 Benchmark = Literal["all", "table", "shakespeare", "train", "decode", "cache", "rl", "loader",
-                    "xz", "pipeline", "suite"]
+                    "xz", "pipeline", "serve", "suite"]
 
 
 def folder_from(variable):
@@ -605,12 +616,22 @@ def bench_pipeline(config):
         raise Skipped(f"pipeline (no {path}; first: bash my_pipeline.sh)")
     rows = json.loads(path.read_text(encoding="utf-8"))
     seconds = {row["stage"]: row["seconds"] for row in rows}
-    if "compare" not in seconds:
+    if "report" not in seconds:
         raise Skipped("pipeline (its last run was not whole; first: FRESH=1 bash my_pipeline.sh)")
     base = [seconds.get(name, 0.0) for name in
             ("check", "world", "download", "tokenizer", "pretrain", "engine")]
+    rlhf = [time for name, time in seconds.items() if name not in ("evaluate", "report")]
     return {"pipeline": entry(round(sum(seconds.values()), 1), "s"),
+            "rlhf": entry(round(sum(rlhf), 1), "s"),
             "base": entry(round(sum(base), 1), "s")}
+
+
+def bench_serve(config):
+    """Latency of every endpoint, and tokens per second against the number of clients."""
+    made_by_pipeline(config, "serve")
+    said = run_checked([sys.executable, ROOT / "tests" / "serve_bench.py", "--data-dir",
+                        config.data_dir])
+    return json.loads(said[said.index("{") :])
 
 
 def bench_suite(config):
@@ -624,7 +645,7 @@ def bench_suite(config):
 
 BENCHMARKS = {"shakespeare": bench_shakespeare, "train": bench_train, "decode": bench_decode,
               "cache": bench_cache, "rl": bench_rl, "loader": bench_loader, "xz": bench_xz,
-              "pipeline": bench_pipeline, "suite": bench_suite}
+              "pipeline": bench_pipeline, "serve": bench_serve, "suite": bench_suite}
 
 
 def replace_text(path, text):

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import tyro
+from bench import entry
 from conftest import ROOT, script_path
 
 QUESTION = "Tell me a story about a cat."
@@ -41,12 +42,6 @@ class Config:
     """Turns of each number of clients; the median counts."""
     requests: int = 30
     """Requests to each endpoint."""
-
-
-def entry(ours, unit, peer=None, peer_name=None):
-    """A row of data/bench.json; here more is better wherever there is a peer."""
-    ratio = None if peer is None else round(ours / peer, 3)
-    return {"ours": ours, "peer": peer, "peer_name": peer_name, "ratio": ratio, "unit": unit}
 
 
 @contextlib.contextmanager

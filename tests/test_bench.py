@@ -95,10 +95,11 @@ def test_bits_per_byte_of_the_pipeline_come_from_its_own_files(tmp_path):
     results = bench.bench_xz(bench.Config(data_dir=tmp_path))
     assert results["bigram"]["ratio"] == 3.0
     assert results["xz"]["ours"] == 0.5 and 0 <= results["xz"]["peer"] < 1
-    rows = [{"stage": "check", "seconds": 1.5}, {"stage": "compare", "seconds": 2.0}]
+    rows = [{"stage": "check", "seconds": 1.5}, {"stage": "compare", "seconds": 2.0},
+            {"stage": "report", "seconds": 4.0}]
     (tmp_path / "pipeline.json").write_text(json.dumps(rows))
     times = bench.bench_pipeline(bench.Config(data_dir=tmp_path))
-    assert (times["pipeline"]["ours"], times["base"]["ours"]) == (3.5, 1.5)
+    assert [times[name]["ours"] for name in ("pipeline", "rlhf", "base")] == [7.5, 3.5, 1.5]
     (tmp_path / "pipeline.json").write_text(json.dumps(rows[:1]))
     with pytest.raises(bench.Skipped, match="not whole"):
         bench.bench_pipeline(bench.Config(data_dir=tmp_path))
