@@ -1205,7 +1205,8 @@ def draw_chart(title, unit, series):
 
     said = "; ".join(f"{label} {points[0][1]:.3g} to {points[-1][1]:.3g}"
                      for label, points, _ in series)
-    lines = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
+    lines = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
+             f'width="{WIDTH}" height="{HEIGHT}" role="img" '
              f'aria-label="{html.escape(title)}: {html.escape(said)}">',
              f'<text x="{LEFT}" y="16" font-weight="600">{html.escape(title)}'
              f'<tspan font-weight="400" opacity=".7"> ({html.escape(unit)})</tspan></text>']
@@ -1512,8 +1513,9 @@ def markdown_report(run, other=None):
                 "- " + (markdown_cell(line) if isinstance(line, str) else
                         f"{markdown_cell(line[0])}: **{markdown_cell(line[1])}**")
                 for line in section.lines))
-        blocks += [f"![{markdown_cell(title)}]({name}.svg)"
-                   for name, (title, _) in section.pictures.items()]
+        if section.pictures:
+            blocks.append("\n".join(f"![{markdown_cell(title)}]({name}.svg)"
+                                    for name, (title, _) in section.pictures.items()))
         blocks += [markdown_table(header, rows) for header, rows in section.tables]
     return "\n\n".join(blocks) + "\n"
 
