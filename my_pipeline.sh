@@ -54,7 +54,7 @@ life_cycle() {
                                         flags ${prompts[@]+--prompt "${prompts[@]}"}
     stage identity  06_identity.py      writes my_identity.jsonl my_identity_test.jsonl
     stage sft       08_sft.py           reads base/model.safetensors 'tokenizer/*' 'tiny_*.jsonl' \
-        'my_identity*.jsonl'            resumes sft/resume.pt \
+        my_identity{,_test}.jsonl       resumes sft/resume.pt \
                                         writes sft/model.safetensors sft/config.json
     stage rl        10_rl.py            reads sft/model.safetensors 'tokenizer/*' 'tiny_gsm_*' \
         resumes rl/resume.pt            writes rl/model.safetensors rl/config.json

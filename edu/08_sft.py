@@ -66,7 +66,8 @@ from tqdm import tqdm
 # ---- settings ------------------------------------------------------------------------------------
 
 # What may come before a question; the identity conversations are shown with each of them.
-LEAD_UPS = ("", "Hello! ", "", "I have a question. ", "", "Please help me. ", "", "One more thing. ")
+LEAD_UPS = ("", "Hello! ", "", "I have a question. ", "", "Please help me. ", "",
+            "One more thing. ")
 SAMPLE_PROMPTS = ("Who are you?", "What is the capital of France?", "What is 7 plus 5?")
 
 
@@ -912,7 +913,12 @@ def check_messages(messages):
     """
     if not isinstance(messages, list) or not messages:
         raise ValueError("no messages")
+    for message in messages:
+        if not isinstance(message, dict):
+            raise ValueError(f"{message!r} should be an object with role and content")
     turns = messages[1:] if messages[0].get("role") == "system" else messages
+    if turns is not messages and not isinstance(messages[0].get("content"), str):
+        raise ValueError(f"the system message must be a text, not {messages[0].get('content')!r}")
     if not turns:
         raise ValueError("a system message, and nobody answers it")
     for i, message in enumerate(turns):
@@ -923,8 +929,9 @@ def check_messages(messages):
         if not isinstance(parts, list) or not parts or (role == "user" and parts is content):
             raise ValueError(f"turn {i}: content must be a text, not {content!r}")
         for part in parts:
-            if not isinstance(part, str) and (part.get("type") not in PART_TOKENS
-                                              or not isinstance(part.get("text"), str)):
+            if part is not content and not (
+                    isinstance(part, dict) and part.get("type") in PART_TOKENS
+                    and isinstance(part.get("text"), str)):
                 raise ValueError(f"turn {i}: {part!r} is no part of type {', '.join(PART_TOKENS)}")
 
 
@@ -1015,11 +1022,14 @@ def collate(rows):
 def read_conversations(path):
     """The conversations of a JSONL file, a list of dicts. Raises UserError naming file and line."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        # Not splitlines: it would also cut at U+2028, which may stand inside of a text.
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read conversations from {path} ({error}).") from error
     conversations = []
     for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
             conversation = json.loads(line)
             check_messages(conversation["messages"])
@@ -1337,6 +1347,9 @@ def accumulate_gradients(model, rows, total, batch_size, dtype=torch.float32):
 
 def sum_gradients(model, loss):
     """Add up gradients and loss over the ranks; the divisor `total` is that of all of them."""
+    for p in model.parameters():
+        if p.grad is None:  # a rank for which a short step had no row left
+            p.grad = torch.zeros_like(p)
     grads = [p.grad for p in model.parameters()]
     flat = torch.cat([g.flatten() for g in grads] + [torch.tensor([loss]).to(grads[0])])
     dist.all_reduce(flat)
@@ -1353,14 +1366,18 @@ def plan_steps(lengths, rows_per_step, num_epochs, seed):
     ones first. As it follows from the seed alone, a resumed run only has to skip what is done.
     """
     generator, steps = torch.Generator().manual_seed(seed), []
-    while len(steps) * rows_per_step < num_epochs * len(lengths):
+    left = max(1, round(num_epochs * len(lengths)))  # rows to show; an epoch may end in a few
+    while left > 0:
         order = torch.randperm(len(lengths), generator=generator).tolist()
         window = 16 * rows_per_step
         for i in range(0, len(order), window):
             rows = sorted(order[i : i + window], key=lambda row: lengths[row])
             groups = [rows[j : j + rows_per_step] for j in range(0, len(rows), rows_per_step)]
-            steps += [groups[j] for j in torch.randperm(len(groups), generator=generator)]
-    return steps[: max(1, round(num_epochs * len(lengths) / rows_per_step))]
+            for j in torch.randperm(len(groups), generator=generator):
+                if left > 0:
+                    steps.append(groups[j])
+                    left -= len(groups[j])
+    return steps
 
 
 def lr_scale_at(progress, warmup_ratio):
@@ -1391,7 +1408,7 @@ def shown_again(conversation, repeat):
     every other way for another question.
     """
     messages = conversation["messages"]
-    if messages[0]["role"] == "system":
+    if messages[0]["role"] == "system" or len(messages) < 2:
         return conversation
     turn, exchange = divmod(repeat, len(messages) // 2)
     first, *rest = messages[2 * exchange :]
@@ -1401,8 +1418,8 @@ def shown_again(conversation, repeat):
 
 # --- shared: answers (home: 08_sft.py) ---
 def answer_is_right(reply, answers):
-    """Does the reply hold one of the answers, as whole words, whatever their case?"""
-    return any(re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", reply, re.IGNORECASE)
+    """Does the reply hold one of the answers, whole words and numbers, whatever their case?"""
+    return any(re.search(rf"(?<!\w){re.escape(answer)}(?!\w|[.,]\d)", reply, re.IGNORECASE)
                for answer in answers)
 # --- end shared ---
 
@@ -1415,8 +1432,10 @@ def held_out_prompts(data_dir, limit):
                              for row in read_conversations(identity)]
     if (data_dir / "tiny_chat_test.jsonl").exists():
         for row in read_conversations(data_dir / "tiny_chat_test.jsonl"):
-            if row.get("answer") and row["kind"] in ("fact", "sum", "spell"):
-                kinds.setdefault(row["kind"] + "s", []).append((row["messages"], [row["answer"]]))
+            if row.get("answer") and row.get("kind") in ("fact", "sum", "spell"):
+                # what follows the sign: 6 stands in the question of 6 + 0 already
+                answer = "= " * (row["kind"] == "sum") + row["answer"]
+                kinds.setdefault(row["kind"] + "s", []).append((row["messages"], [answer]))
     if (data_dir / "tiny_gsm_test.jsonl").exists():
         kinds["word problems"] = [
             (row["messages"], [row["answer"][row["answer"].rindex("####"):]])
@@ -1469,6 +1488,8 @@ def check_sft_settings(cfg, world_size):
     if cfg.rows_per_step % world_size:
         raise UserError(f"--rows-per-step {cfg.rows_per_step} cannot be shared by {world_size} "
                         f"ranks: try {cfg.rows_per_step + -cfg.rows_per_step % world_size}.")
+    if min(cfg.identity_repeats, cfg.max_problems, cfg.eval_prompts) < 0:
+        raise UserError("--identity-repeats, --max-problems and --eval-prompts count from 0.")
     if not 0 <= cfg.calculator_share <= 1 or not 0 <= cfg.warmup_ratio < 1:
         raise UserError(f"--calculator-share {cfg.calculator_share} and --warmup-ratio "
                         f"{cfg.warmup_ratio} are shares: 0 to 1.")
@@ -1487,12 +1508,11 @@ def training_rows(cfg, tokenizer, max_tokens):
             shown = torch.rand(len(conversations), generator=generator) < cfg.calculator_share
             conversations = [row if with_tool else {"messages": in_the_head(row["messages"])}
                              for row, with_tool in zip(conversations, shown)]
-        for repeat in range(repeats):
-            new, counts = render_rows([shown_again(conversation, repeat) for conversation in
-                                       conversations], tokenizer, max_tokens)
-            rows += new
-        lines.append(f"{name}: {len(new)} rows x {repeats}, {counts['cut']} cut, "
-                     f"{counts['dropped']} dropped")
+        new, counts = render_rows([shown_again(conversation, repeat) for repeat in range(repeats)
+                                   for conversation in conversations], tokenizer, max_tokens)
+        rows += new
+        lines.append(f"{name}: {len(conversations)} conversations x {repeats}, {len(new)} rows, "
+                     f"{counts['cut']} cut, {counts['dropped']} dropped")
     if not rows:
         raise UserError(f"no conversations in {cfg.data_dir}. Make some: python "
                         "edu/06_identity.py (and edu/00_tiny_world.py for chats and problems)")
@@ -1585,8 +1605,10 @@ def train(cfg):
         first, best = resumed["step"], tuple(resumed["best"])
         before = {what: tuple(row) for what, row in resumed["before"].items()}
         print0(f"resumed at step {first} of {len(steps)}")
-    elif kinds:
-        before = measure_answers(engine, kinds)
+    else:
+        before = measure_answers(engine, kinds) if kinds else {}
+        if rank == 0:
+            shutil.rmtree(folder / "best", ignore_errors=True)  # of another run
 
     def save(step, val_loss):
         if rank:
@@ -1657,7 +1679,8 @@ def train(cfg):
             if asked:
                 break
     bar.close()
-    save(step, val_loss)
+    if step > first:
+        save(step, val_loss)
     done = {"step": step, "val_loss": val_loss, "best": best, "table": {},
             "rows": log.rows if rank == 0 else []}
     if rank == 0:

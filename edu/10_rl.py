@@ -14,7 +14,8 @@ You will learn:
     - what to look at: reward, dead groups, tool use, length, entropy, truncation
     - when not to start: where nothing succeeds there is nothing to prefer, pass@k tells
     - what PPO's clip, a KL penalty and a division by the standard deviation would add
-    - with --reward hackable, how a policy cheats a reward that only nearly says what is wanted
+    - with --reward hackable --num-steps 30, how a policy cheats a reward that only nearly says
+      what is wanted
 
 Read beside:
     nanochat/scripts/chat_rl.py. Different here: several prompts are decoded together, every sample
@@ -23,7 +24,7 @@ Read beside:
 
 Run:
     python edu/10_rl.py
-    python edu/10_rl.py --ten-questions --stage rl_ten
+    python edu/10_rl.py --ten-questions --num-steps 40
 
 Expect:
     10 rl - cpu - float32 - ...M params - seed 1337
@@ -99,15 +100,15 @@ class Config:
     """Folder with tokenizer/, the model to start from, and the word problems."""
     source: str = "sft"
     """Folder under data_dir of the model to start from."""
-    stage: str = "rl"
-    """Folder under data_dir that the run writes."""
+    stage: str = ""
+    """Folder under data_dir that the run writes; empty: rl, or rl_ten and rl_hackable for those."""
     # the task
     problems: Literal["tiny", "hub"] = "tiny"
     """The tiny world's word problems, or GSM8K from the hub."""
     path: Path | None = None
     """A JSONL file of problems to train on, instead; the last --eval-problems are held out."""
     ten_questions: bool = False
-    """Train on ten fixed questions, and measure on these ten."""
+    """Train on ten fixed questions, all of them in each step, and measure on these ten."""
     reward: Literal["exact", "hackable"] = "exact"
     """exact: 1 for the right answer. hackable: the share of its digits that the reply holds."""
     # the rollouts
@@ -944,7 +945,12 @@ def check_messages(messages):
     """
     if not isinstance(messages, list) or not messages:
         raise ValueError("no messages")
+    for message in messages:
+        if not isinstance(message, dict):
+            raise ValueError(f"{message!r} should be an object with role and content")
     turns = messages[1:] if messages[0].get("role") == "system" else messages
+    if turns is not messages and not isinstance(messages[0].get("content"), str):
+        raise ValueError(f"the system message must be a text, not {messages[0].get('content')!r}")
     if not turns:
         raise ValueError("a system message, and nobody answers it")
     for i, message in enumerate(turns):
@@ -955,8 +961,9 @@ def check_messages(messages):
         if not isinstance(parts, list) or not parts or (role == "user" and parts is content):
             raise ValueError(f"turn {i}: content must be a text, not {content!r}")
         for part in parts:
-            if not isinstance(part, str) and (part.get("type") not in PART_TOKENS
-                                              or not isinstance(part.get("text"), str)):
+            if part is not content and not (
+                    isinstance(part, dict) and part.get("type") in PART_TOKENS
+                    and isinstance(part.get("text"), str)):
                 raise ValueError(f"turn {i}: {part!r} is no part of type {', '.join(PART_TOKENS)}")
 
 
@@ -1047,11 +1054,14 @@ def collate(rows):
 def read_conversations(path):
     """The conversations of a JSONL file, a list of dicts. Raises UserError naming file and line."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        # Not splitlines: it would also cut at U+2028, which may stand inside of a text.
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read conversations from {path} ({error}).") from error
     conversations = []
     for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
             conversation = json.loads(line)
             check_messages(conversation["messages"])
@@ -1492,7 +1502,8 @@ def wilson_interval(share, n, z=1.96):
         return 0.0, 1.0
     middle, spread = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n
                                                             + z * z / (4 * n * n))
-    return max(0.0, middle - spread) / (1 + z * z / n), (middle + spread) / (1 + z * z / n)
+    return (max(0.0, (middle - spread) / (1 + z * z / n)),
+            min(1.0, (middle + spread) / (1 + z * z / n)))
 # --- end shared ---
 
 
@@ -1586,6 +1597,10 @@ def check_rl_settings(cfg):
     if min(cfg.prompts_per_step, cfg.max_new_tokens, cfg.epochs, cfg.eval_problems, cfg.eval_every,
            cfg.probe_prompts, cfg.save_every, cfg.device_batch_size) < 1:
         raise UserError("batch sizes, counts and all that is done every N steps start at 1.")
+    if min(cfg.lr, cfg.max_grad_norm) <= 0 or min(cfg.clip, cfg.kl) < 0:
+        raise UserError("--lr and --max-grad-norm must be above 0, --clip and --kl not below it.")
+    if cfg.ten_questions and cfg.path:
+        raise UserError("--ten-questions brings its own problems: leave out --path.")
     if cfg.num_samples < 2:
         raise UserError(f"--num-samples {cfg.num_samples}: a group of one is its own average, and "
                         "no sample is better than it: take at least 2.")
@@ -1625,25 +1640,34 @@ def prompts_of_step(step, numbers, count, seed):
     return chosen
 
 
+def mean_pass_at_k(correct, ks):
+    """{k: unbiased pass@k, averaged over the problems} of correct (prompts, K)."""
+    K, counts = correct.size(1), [int(row.sum()) for row in correct]
+    return {k: sum(pass_at_k(K, c, k) for c in counts) / len(counts) for k in ks if k <= K}
+
+
 def refuse_hopeless(rollouts, K):
     """Print pass@k of the model as it is; raise TrainingFailed where there is nothing to learn.
 
     pass@k counts right answers; whether there is anything to learn, the trained reward decides.
     """
-    counts = [int(row.sum()) for row in rollouts.correct]
-    passes = {k: sum(pass_at_k(K, c, k) for c in counts) / len(counts)
-              for k in (1, 2, 4, 8, 16, 32, 64) if k <= K}
+    passes = mean_pass_at_k(rollouts.correct, sorted({1, 2, 4, 8, 16, 32, 64, K}))
+    prompts, lowest, highest = len(rollouts.rewards), rollouts.rewards.min(), rollouts.rewards.max()
     print("before: " + ", ".join(f"pass@{k} {share:.3f}" for k, share in passes.items())
-          + f" ({len(counts)} problems x {K} samples)")
-    if rollouts.rewards.max() == 0:
+          + f" ({prompts} problems x {K} samples)")
+    if highest == 0:
         raise TrainingFailed(
-            f"not one of {len(counts) * K} samples is right, so no sample is better than another "
+            f"not one of {prompts * K} samples is right, so no sample is better than another "
             "and there is nothing to learn from. Start from a model that succeeds now and then:\n"
-            "  fine-tune it longer, or with --calculator-share 0.3 (python edu/08_sft.py)")
-    if rollouts.rewards.min() == 1:
+            "  fine-tune it longer, or with --calculator-share 0.5 (python edu/08_sft.py)")
+    if lowest == 1:
         raise TrainingFailed(
-            f"all of {len(counts) * K} samples are right: every group is dead, there is nothing "
+            f"all of {prompts * K} samples are right: every group is dead, there is nothing "
             "left to learn. Take harder problems (--path), or another model (--source).")
+    if (rollouts.rewards == rollouts.rewards[:, :1]).all():
+        raise TrainingFailed(
+            f"in each of {prompts} problems all {K} samples earn the same: every group is dead, "
+            "there is nothing to learn from. Take more samples (--num-samples) or other problems.")
     return passes
 
 
@@ -1688,12 +1712,12 @@ def update_policy(model, optimizer, reference, rollouts, cfg, lr):
 
 
 # What a resumed run may change without becoming another run.
-FREE_IN_RL = {"data_dir", "resume", "max_minutes", "eval_problems", "eval_every", "probe_prompts",
-              "save_every", "plot", "device_type", "device_batch_size"}
+FREE_IN_RL = {"data_dir", "resume", "max_minutes", "eval_every", "probe_prompts", "save_every",
+              "plot", "device_type", "device_batch_size"}
 
 
-def plot_rl(rows, path, hackable):
-    """A picture: reward, tool use and held-out accuracy by step."""
+def plot_rl(rows, path, hackable, what):
+    """A picture: reward, tool use and accuracy (on what) by step."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -1707,7 +1731,7 @@ def plot_rl(rows, path, hackable):
     left.plot([r["step"] for r in steps], [r["tool_use"] for r in steps], lw=1.2,
               label="replies that use the calculator")
     left.plot([r["step"] for r in seen], [r["accuracy"] for r in seen], "o-", ms=4,
-              label="accuracy, held out, greedy")
+              label=f"{what} right, greedy")
     left.set(xlabel="step", ylabel="share", title="what it earns and how", ylim=(-0.03, 1.03))
     right.plot([r["step"] for r in steps], [r["length"] for r in steps], color="tab:purple", lw=1.2,
                label="tokens in a reply")
@@ -1734,7 +1758,10 @@ def train(cfg):
     if os.environ.get("RANK"):
         raise UserError("this challenge trains in one process: start it with python, not torchrun.")
     _, _, _, _, device = compute_init(cfg.device_type or None, cfg.seed)
-    folder = cfg.data_dir / cfg.stage
+    what = "ten questions" if cfg.ten_questions else "held-out problems"
+    stage = cfg.stage or ("rl_hackable" if cfg.reward == "hackable" else
+                          "rl_ten" if cfg.ten_questions else "rl")
+    folder = cfg.data_dir / stage
 
     # the model, the problems, and what it can do before
     tokenizer = Tokenizer.from_dir(cfg.data_dir / "tokenizer")
@@ -1751,8 +1778,9 @@ def train(cfg):
     engine, reference = Engine(model, tokenizer), copy.deepcopy(model) if cfg.kl else None
     optimizer = AdamW([{"params": model.parameters(), "lr": cfg.lr}], betas=(0.9, 0.95), eps=1e-8)
     per_step = min(cfg.prompts_per_step, len(numbers)) if not cfg.ten_questions else 10
-    print(f"{len(numbers)} problems to train on, {len(test_numbers)} held out; "
-          f"{per_step} prompts x {cfg.num_samples} samples a step; reward {cfg.reward}")
+    print(("ten questions, to train on and to measure with; " if cfg.ten_questions else
+           f"{len(numbers)} problems to train on, {len(test_numbers)} held out; ")
+          + f"{per_step} prompts x {cfg.num_samples} samples a step; reward {cfg.reward}")
     origin = {"tokenizer": tokenizer.sha256[:12],
               "source_model": fingerprint(
                   (cfg.data_dir / cfg.source / "model.safetensors").read_bytes()),
@@ -1769,9 +1797,7 @@ def train(cfg):
         rollouts = sample_rollouts(engine, task, probe, cfg, seed=cfg.seed)
         refuse_hopeless(rollouts, cfg.num_samples)
         before, tool = greedy_accuracy(engine, held_out, test_numbers, cfg)
-        low, high = wilson_interval(before, len(test_numbers))
-        print(f"before: {before:.1%} of {len(test_numbers)} held-out problems right, greedy "
-              f"(95% interval {low:.1%} to {high:.1%}), {tool:.0%} with the calculator")
+        print("before: " + told(before, tool, len(test_numbers), what))
 
     def save(step, metrics):
         save_resume(folder, cfg, origin, step=step, model=model.state_dict(), before=before,
@@ -1779,11 +1805,11 @@ def train(cfg):
                     minutes=minutes_before + (time.perf_counter() - loop_started) / 60)
         save_checkpoint(folder, model, tokenizer, step, metrics, cfg)
 
-    log = MetricsLog(folder, first, cfg.plot)
+    log = MetricsLog(folder, first + 1 if resumed else 0, cfg.plot)  # rows count from 1
     if not resumed:
-        log.write(step=0, accuracy=before)
+        log.write(step=0, **with_interval(before, len(test_numbers)))
     print(f"{'step':>5} {'reward':>7} {'dead':>6} {'tool':>6} {'length':>7} {'entropy':>8} "
-          f"{'cut':>5} {'|grad|':>7} {'samples/s':>9} {'right':>7}")
+          f"{'cut':>5} {'|grad|':>7} {'samples/s':>9} {'right':>14}")
     step, loop_started = first, time.perf_counter()
     steps = cfg.num_steps or 10**9
     bar = tqdm(total=cfg.num_steps or None, initial=first, unit="step", leave=False, disable=None)
@@ -1811,15 +1837,19 @@ def train(cfg):
                    "tool_use": sum(rollouts.used_tool) / N, "length": sum(rollouts.lengths) / N,
                    "truncated": sum(rollouts.truncated) / N, **learned,
                    "samples_per_s": N / seconds, "accuracy": None}
+            for k, share in mean_pass_at_k(rollouts.correct, {1, 4, cfg.num_samples}).items():
+                row[f"pass_at_{k}"] = share
             if step % cfg.eval_every == 0 and step < steps:
-                row["accuracy"], _ = greedy_accuracy(engine, held_out, test_numbers[:100], cfg)
+                few = test_numbers[:100]
+                row |= with_interval(greedy_accuracy(engine, held_out, few, cfg)[0], len(few))
             log.write(**row)
             entropy = "" if row["entropy"] is None else f"{row['entropy']:.3f}"
-            accuracy = "" if row["accuracy"] is None else f"{row['accuracy']:.0%}"
+            accuracy = "" if row["accuracy"] is None else (
+                f"{row['accuracy']:.0%} ({row['accuracy_low']:.0%}-{row['accuracy_high']:.0%})")
             bar.write(f"{step:>5} {row['reward']:>7.3f} {row['dead_groups']:>6.0%} "
                       f"{row['tool_use']:>6.0%} {row['length']:>7.1f} {entropy:>8} "
                       f"{row['truncated']:>5.0%} {row['grad_norm']:>7.3f} "
-                      f"{row['samples_per_s']:>9.0f} {accuracy:>7}")
+                      f"{row['samples_per_s']:>9.0f} {accuracy:>14}")
             if step % cfg.save_every == 0 and step < steps:
                 save(step, {"reward": row["reward"]})
             if stop.asked:
@@ -1827,19 +1857,18 @@ def train(cfg):
     bar.close()
     if stop.asked and step < steps:
         save(step, {})
+        log.close()
         print(f"stopped at step {step}; --resume goes on, with the same flags")
         return {"step": step, "before": before, "after": None, "n": 0, "rows": log.rows}
 
     # 5. what it can do now
     after, tool = greedy_accuracy(engine, held_out, test_numbers, cfg)
-    low, high = wilson_interval(after, len(test_numbers))
-    log.write(step=step, accuracy=after)
+    log.write(step=step, **with_interval(after, len(test_numbers)))
     log.close()
     save(step, {"accuracy_before": before, "accuracy": after, "n": len(test_numbers)})
     if cfg.plot:
-        plot_rl(log.rows, folder / "rl.png", cfg.reward == "hackable")
-    print(f"after: {after:.1%} of {len(test_numbers)} held-out problems right, greedy "
-          f"(95% interval {low:.1%} to {high:.1%}), {tool:.0%} with the calculator")
+        plot_rl(log.rows, folder / "rl.png", cfg.reward == "hackable", what)
+    print("after: " + told(after, tool, len(test_numbers), what))
     show_replies(engine, held_out, test_numbers[:2], cfg)
     if cfg.reward == "hackable":
         report_hacking(log.rows, before, after)
@@ -1848,9 +1877,8 @@ def train(cfg):
         print(f"wrote {folder / name}")
     print(f"trained {step - first} steps in {time.perf_counter() - loop_started:.0f} s, "
           f"{time.perf_counter() - started:.0f} s in all")
-    what = "ten questions" if cfg.ten_questions else "held-out problems"
     print(f"result: {what} right, greedy {before:.3f} -> {after:.3f} (n={len(test_numbers)})")
-    print("next: python edu/14_evaluate.py --compare base,sft," + cfg.stage)
+    print("next: python edu/14_evaluate.py --compare base,sft," + stage)
     return {"step": step, "before": before, "after": after, "n": len(test_numbers),
             "rows": log.rows}
 
@@ -1861,14 +1889,30 @@ def show_replies(engine, task, indices, cfg):
         print(f"  {task.get_example(i)['messages'][0]['content']}|{reply!r}")
 
 
+def told(share, tool, n, what):
+    low, high = wilson_interval(share, n)
+    return (f"{share:.1%} of {n} {what} right, greedy (95% interval {low:.1%} to {high:.1%}), "
+            f"{tool:.0%} with the calculator")
+
+
+def with_interval(share, n):
+    """What metrics.jsonl says of an accuracy: n, and the bounds of its 95% interval."""
+    low, high = wilson_interval(share, n)
+    return {"accuracy": share, "accuracy_low": low, "accuracy_high": high, "accuracy_n": n}
+
+
 def report_hacking(rows, before, after):
     """What the hackable reward has bought, in words."""
     paid = [row["reward"] for row in rows if row.get("reward") is not None]
     lengths = [row["length"] for row in rows if row.get("length") is not None]
-    print(f"reward hacking: the reward went from {paid[0]:.2f} to {paid[-1]:.2f}, the problems "
-          f"solved from {before:.1%} to {after:.1%}, the reply from {lengths[0]:.0f} to "
-          f"{lengths[-1]:.0f} tokens.\nThe reward pays for digits, and digits is what it got: "
-          "a policy learns what you pay for, not what you mean.")
+    print(f"the reward went from {paid[0]:.2f} to {paid[-1]:.2f}, the problems solved from "
+          f"{before:.1%} to {after:.1%}, the reply from {lengths[0]:.0f} to {lengths[-1]:.0f} "
+          "tokens.")
+    if paid[-1] > paid[0] and after < paid[-1] / 2:
+        print("This is reward hacking. The reward pays for digits, and digits is what it got: a "
+              "policy learns what you pay for, not what you mean.")
+    else:
+        print("No reward hacking this time, or not yet: more steps (--num-steps) may show it.")
 
 
 # ---- the command line ----------------------------------------------------------------------------

@@ -979,7 +979,12 @@ def check_messages(messages):
     """
     if not isinstance(messages, list) or not messages:
         raise ValueError("no messages")
+    for message in messages:
+        if not isinstance(message, dict):
+            raise ValueError(f"{message!r} should be an object with role and content")
     turns = messages[1:] if messages[0].get("role") == "system" else messages
+    if turns is not messages and not isinstance(messages[0].get("content"), str):
+        raise ValueError(f"the system message must be a text, not {messages[0].get('content')!r}")
     if not turns:
         raise ValueError("a system message, and nobody answers it")
     for i, message in enumerate(turns):
@@ -990,8 +995,9 @@ def check_messages(messages):
         if not isinstance(parts, list) or not parts or (role == "user" and parts is content):
             raise ValueError(f"turn {i}: content must be a text, not {content!r}")
         for part in parts:
-            if not isinstance(part, str) and (part.get("type") not in PART_TOKENS
-                                              or not isinstance(part.get("text"), str)):
+            if part is not content and not (
+                    isinstance(part, dict) and part.get("type") in PART_TOKENS
+                    and isinstance(part.get("text"), str)):
                 raise ValueError(f"turn {i}: {part!r} is no part of type {', '.join(PART_TOKENS)}")
 
 
@@ -1082,11 +1088,14 @@ def collate(rows):
 def read_conversations(path):
     """The conversations of a JSONL file, a list of dicts. Raises UserError naming file and line."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        # Not splitlines: it would also cut at U+2028, which may stand inside of a text.
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read conversations from {path} ({error}).") from error
     conversations = []
     for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
             conversation = json.loads(line)
             check_messages(conversation["messages"])
@@ -1245,8 +1254,8 @@ class GSM8K:
 
 # --- shared: answers (home: 08_sft.py) ---
 def answer_is_right(reply, answers):
-    """Does the reply hold one of the answers, as whole words, whatever their case?"""
-    return any(re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", reply, re.IGNORECASE)
+    """Does the reply hold one of the answers, whole words and numbers, whatever their case?"""
+    return any(re.search(rf"(?<!\w){re.escape(answer)}(?!\w|[.,]\d)", reply, re.IGNORECASE)
                for answer in answers)
 # --- end shared ---
 
@@ -1308,7 +1317,8 @@ def wilson_interval(share, n, z=1.96):
         return 0.0, 1.0
     middle, spread = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n
                                                             + z * z / (4 * n * n))
-    return max(0.0, middle - spread) / (1 + z * z / n), (middle + spread) / (1 + z * z / n)
+    return (max(0.0, (middle - spread) / (1 + z * z / n)),
+            min(1.0, (middle + spread) / (1 + z * z / n)))
 # --- end shared ---
 
 

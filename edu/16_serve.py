@@ -891,7 +891,12 @@ def check_messages(messages):
     """
     if not isinstance(messages, list) or not messages:
         raise ValueError("no messages")
+    for message in messages:
+        if not isinstance(message, dict):
+            raise ValueError(f"{message!r} should be an object with role and content")
     turns = messages[1:] if messages[0].get("role") == "system" else messages
+    if turns is not messages and not isinstance(messages[0].get("content"), str):
+        raise ValueError(f"the system message must be a text, not {messages[0].get('content')!r}")
     if not turns:
         raise ValueError("a system message, and nobody answers it")
     for i, message in enumerate(turns):
@@ -902,8 +907,9 @@ def check_messages(messages):
         if not isinstance(parts, list) or not parts or (role == "user" and parts is content):
             raise ValueError(f"turn {i}: content must be a text, not {content!r}")
         for part in parts:
-            if not isinstance(part, str) and (part.get("type") not in PART_TOKENS
-                                              or not isinstance(part.get("text"), str)):
+            if part is not content and not (
+                    isinstance(part, dict) and part.get("type") in PART_TOKENS
+                    and isinstance(part.get("text"), str)):
                 raise ValueError(f"turn {i}: {part!r} is no part of type {', '.join(PART_TOKENS)}")
 
 
@@ -994,11 +1000,14 @@ def collate(rows):
 def read_conversations(path):
     """The conversations of a JSONL file, a list of dicts. Raises UserError naming file and line."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        # Not splitlines: it would also cut at U+2028, which may stand inside of a text.
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read conversations from {path} ({error}).") from error
     conversations = []
     for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
             conversation = json.loads(line)
             check_messages(conversation["messages"])

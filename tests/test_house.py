@@ -38,7 +38,7 @@ SMALLEST = {
     "05_engine": "--bench-tokens 16",
     "08_sft": "--identity-repeats 1 --num-epochs 0.2 --eval-prompts 4 --eval-rows 8 --eval-every 8",
     "10_rl": "--num-steps 2 --num-samples 8 --prompts-per-step 2 --eval-problems 4 "
-    "--probe-prompts 4 --max-new-tokens 24 --reward hackable",
+    "--probe-prompts 4 --max-new-tokens 24 --reward hackable --stage rl",
     "13_midtrain": "--num-iterations 4 --total-batch-size 1536 --eval-questions 8",
     "14_evaluate": "--bpb-tokens 1024 --max-per-task 4 --chat-per-task 4 --max-new-tokens 8",
     "16_serve": "--measure 2 --measure-tokens 8",
