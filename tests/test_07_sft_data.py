@@ -198,3 +198,22 @@ def test_a_mistake_is_one_message_and_exit_code_2(run_script, flags, words):
     done = run_script("07_sft_data", *flags)
     assert done.returncode == 2
     assert words in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_line_separator_inside_of_a_text_and_a_blank_line_are_no_trouble(tmp_path):
+    """str.splitlines would cut at U+2028 and U+0085, in the middle of the JSON."""
+    rows = [{"messages": [{"role": "user", "content": "one\u2028two\x85three"},
+                          {"role": "assistant", "content": "yes"}]}] * 2
+    path = tmp_path / "lines.jsonl"
+    path.write_text("\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n",
+                    encoding="utf-8")
+    assert sft_data.read_conversations(path) == rows
+
+
+@pytest.mark.parametrize("messages", [
+    ["x"], [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": [5]}],
+    [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": ["text"]}],
+    [{"role": "system", "content": None}, {"role": "user", "content": "Hi"}]])
+def test_whatever_is_no_conversation_is_a_value_error(messages):
+    with pytest.raises(ValueError):
+        sft_data.check_messages(messages)

@@ -1,8 +1,10 @@
 """Challenge 8: token-weighted loss, accumulation, ranks, resume, and answers that are measured."""
 
+import dataclasses
 import json
 import random
 import re
+import shutil
 import signal
 
 import pyarrow as pa
@@ -10,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import flags_of, load, running, wait_for
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 sft = load("08_sft")
 engine = load("05_engine")
@@ -155,7 +157,9 @@ def test_the_learning_rate_goes_up_and_down_in_lines(progress, expected):
 @pytest.mark.parametrize("reply, answers, right", [
     ("I am Pip, a model.", ["Pip"], True), ("I am pip.", ["Pip"], True),
     ("A pipe is long.", ["Pip"], False), ("", ["Pip"], False), ("It is 42.", ["4", "2"], False),
-    ("blue!", ["red", "blue"], True), ("7 + 5 = 12.", ["12"], True), ("112", ["12"], False)])
+    ("blue!", ["red", "blue"], True), ("7 + 5 = 12.", ["12"], True), ("112", ["12"], False),
+    ("#### 42.5", ["#### 42"], False), ("#### 42.", ["#### 42"], True),
+    ("6 + 0 = 9.", ["= 6"], False), ("6 + 0 = 6.", ["= 6"], True)])
 def test_an_answer_is_right_when_it_holds_one_of_the_words_whole(reply, answers, right):
     assert sft.answer_is_right(reply, answers) is right
 
@@ -266,19 +270,90 @@ def test_smaller_passes_give_the_same_run(world):
     assert_same_weights(world / "whole", world / "parts", 2e-4)  # Muon magnifies rounding
 
 
-def test_two_ranks_train_as_one(world, run_script):
-    cfg = settings(world, "two", num_epochs=0.2)
+def test_two_ranks_train_as_one_also_where_a_step_has_a_row_for_one_of_them_only(
+        world, run_script):
+    """153 rows, 8 a step: the last group of the epoch is a single row."""
+    whole = {"num_epochs": 1, "identity_repeats": 1}
+    cfg = settings(world, "two", **whole)
     done = run_script("08_sft", *flags_of(cfg), nproc=2, env={"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
-    sft.train(settings(world, "one", num_epochs=0.2))
-    assert_same_weights(world / "one", world / "two", 2e-4)
+    rows, _ = sft.training_rows(cfg, sft.Tokenizer.from_dir(world / "tokenizer"), 65)
+    assert len(rows) % 8 == 1
+    sft.train(settings(world, "one", **whole))
+    assert_same_weights(world / "one", world / "two", 2e-3)
     assert done.stdout.count("result: ") == 1
 
 
-def test_another_run_is_not_resumed_by_mistake(world):
-    sft.train(settings(world, "other", num_epochs=0.1))
+def test_another_run_is_not_resumed_by_mistake(world, tmp_path):
+    """Nor one on other conversations, or from another model: neither is a setting."""
+    shutil.copytree(world, tmp_path, dirs_exist_ok=True)
+    sft.train(settings(tmp_path, "other", num_epochs=0.1))
+    again = settings(tmp_path, "other", num_epochs=0.1, resume=True)
     with pytest.raises(sft.UserError, match="matrix_lr 0.5 -> 0.015"):
-        sft.train(settings(world, "other", num_epochs=0.1, resume=True, matrix_lr=0.5))
+        sft.train(dataclasses.replace(again, matrix_lr=0.5))
+    chats, base = tmp_path / "tiny_chat_train.jsonl", tmp_path / "base" / "model.safetensors"
+    before = chats.read_text(encoding="utf-8")
+    chats.write_text(before.replace("meow", "miaow"), encoding="utf-8")
+    with pytest.raises(sft.UserError, match="conversations [0-9a-f]{12} -> [0-9a-f]{12}"):
+        sft.train(again)
+    chats.write_text(before, encoding="utf-8")
+    save_file({name: weight * 1.001 for name, weight in load_file(base).items()}, base)
+    with pytest.raises(sft.UserError, match="source_model [0-9a-f]{12} -> [0-9a-f]{12}"):
+        sft.train(again)
+
+
+def test_the_best_checkpoint_is_of_the_lowest_validation_loss_not_the_last(world, monkeypatch):
+    losses = iter([3.0, 1.0, 2.0, 4.0, 5.0, 6.0])
+    monkeypatch.setattr(sft, "validation_loss", lambda *_: next(losses))
+    done = sft.train(settings(world, "rises", num_epochs=0.8))
+    about = json.loads((world / "rises" / "best" / "config.json").read_text(encoding="utf-8"))
+    assert done["best"] == (1.0, 8) and about["step"] == 8 < done["step"]
+
+
+def test_the_validation_loss_does_not_depend_on_the_batches():
+    model, rows = small_model(), uneven_rows(8)
+    losses = [sft.validation_loss(model, rows, size, torch.float32) for size in (1, 3, 8)]
+    assert losses == pytest.approx([losses[0]] * 3, abs=1e-5)
+
+
+def test_the_table_of_a_resumed_run_has_what_was_measured_before_the_first_step(
+        world, monkeypatch):
+    first = sft.train(settings(world, "table", eval_prompts=5, num_epochs=0.3))["table"]
+    monkeypatch.setattr(sft, "measure_answers", lambda engine, kinds: {
+        what: (len(prompts), 0.25) for what, prompts in kinds.items()})
+    again = sft.train(settings(world, "table", eval_prompts=5, num_epochs=0.3, resume=True))
+    assert {what: row[1] for what, row in again["table"].items()} == {
+        what: row[1] for what, row in first.items() if what != "replies that stop"}
+
+
+def test_the_share_of_problems_with_the_calculator_and_their_number_are_those_asked_for(
+        world, tmp_path):
+    """300 draws at 0.3: the share is within 4 standard errors of 0.026."""
+    call = [{"type": "text", "text": "It is "}, {"type": "python", "text": "1+1"},
+            {"type": "python_output", "text": "2"}, {"type": "text", "text": "2.\n#### 2"}]
+    shutil.copytree(world / "tokenizer", tmp_path / "tokenizer")
+    write_jsonl(tmp_path / "tiny_gsm_train.jsonl", [chat(f"Problem {i}?", call) for i in range(400)])
+    tokenizer = sft.Tokenizer.from_dir(world / "tokenizer")
+    cfg = settings(tmp_path, "x", calculator_share=0.3, max_problems=300)
+    rows, _ = sft.training_rows(cfg, tokenizer, 65)
+    start = tokenizer.encode_special("<|python_start|>")
+    assert len(rows) == 300
+    assert abs(sum(start in ids for ids, _ in rows) / 300 - 0.3) < 4 * 0.0265
+
+
+@pytest.mark.parametrize("rows, per_step, epochs", [(9, 8, 2), (40, 32, 2), (333, 32, 2.2)])
+def test_a_run_shows_as_many_rows_as_its_epochs_say(rows, per_step, epochs):
+    steps = sft.plan_steps([5] * rows, per_step, epochs, seed=0)
+    shown = sum(map(len, steps))
+    assert rows * epochs - 0.5 <= shown < rows * epochs + per_step
+
+
+def test_a_conversation_nobody_answers_is_dropped_and_counted(world, tmp_path):
+    write_jsonl(tmp_path / "my_identity.jsonl", [
+        chat("Who are you?", "I am Pip."), {"messages": [{"role": "user", "content": "Hello?"}]}])
+    rows, lines = sft.training_rows(settings(tmp_path, "x"),
+                                    sft.Tokenizer.from_dir(world / "tokenizer"), 65)
+    assert len(rows) == 2 and "2 rows, 0 cut, 2 dropped" in lines[0]
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_checkpoint(world, monkeypatch):

@@ -273,6 +273,111 @@ def test_every_row_of_a_run_has_the_numbers_to_look_at(world):
         assert 0 <= row["dead_groups"] <= 1 and row["length"] > 0 and row["tool_use"] == 0
 
 
+def test_the_numbers_of_a_row_are_those_of_the_rollouts(world, monkeypatch):
+    """Worked out again from what was sampled; the pass rates by counting."""
+    seen, real = [], rl.sample_rollouts
+
+    def spy(*args, **options):
+        seen.append(real(*args, **options))
+        return seen[-1]
+
+    monkeypatch.setattr(rl, "sample_rollouts", spy)
+    rows = rl.train(settings(world, "counted", max_new_tokens=4))["rows"]
+    steps = [taken for taken in seen if taken.rewards.shape == (4, 8)][1:]  # the first is the probe
+    rows = [row for row in rows if row.get("reward") is not None]
+    assert len(steps) == len(rows) == 6
+    for taken, row in zip(steps, rows):
+        groups = taken.rewards.tolist()
+        assert row["dead_groups"] == sum(len(set(group)) == 1 for group in groups) / 4
+        assert row["reward"] == pytest.approx(sum(map(sum, groups)) / 32)
+        assert row["truncated"] == sum(taken.truncated) / 32
+        assert row["length"] == sum(taken.lengths) / 32
+        assert row["pass_at_1"] == pytest.approx(sum(map(sum, groups)) / 32)
+        assert row["pass_at_8"] == sum(any(group) for group in groups) / 4
+    assert any(0 < row["truncated"] < 1 for row in rows)
+
+
+class Scripted:
+    """An engine that always says the same: a row with the calculator, and one cut off."""
+
+    def __init__(self, engine):
+        self.tokenizer, self.model, self.stops = engine.tokenizer, engine.model, engine.stops
+
+    def generate_batch(self, prompts, num_samples, *_, **__):
+        code = self.tokenizer.encode_special
+        call = [code("<|python_start|>"), *self.tokenizer.encode("3+4"), code("<|python_end|>")]
+        output = [code("<|output_start|>"), *self.tokenizer.encode("7"), code("<|output_end|>")]
+        end = [*self.tokenizer.encode("#### 7"), code("<|assistant_end|>")]
+        said = ([*call, *output, *end], self.tokenizer.encode("#### 8"))
+        marks = ([1] * len(call) + [0] * len(output) + [1] * len(end), [1] * len(said[1]))
+        rows = [(p, said[n % 2], marks[n % 2]) for p in prompts for n in range(num_samples)]
+        return [[*p, *s] for p, s, _ in rows], [[0] * len(p) + m for p, _, m in rows]
+
+
+def test_what_the_calculator_wrote_is_seen_and_not_trained(world):
+    tokenizer = rl.Tokenizer.from_dir(world / "tokenizer")
+    model, _ = rl.load_checkpoint(world / "sft", tokenizer, torch.device("cpu"))
+    talker, task = Scripted(rl.Engine(model, tokenizer)), rl.GSM8K("train", data_dir=world)
+    taken = rl.sample_rollouts(talker, task, [0], settings(world, "x"), seed=0, num_samples=2)
+    assert taken.used_tool == [True, False] and taken.truncated == [False, True]
+    assert taken.rewards.tolist() == [[1.0, 0.0]]
+    trained = [t for t, chosen in zip(taken.ids[0], taken.mask[0]) if chosen]
+    assert tokenizer.decode(trained) == "<|python_start|>3+4<|python_end|>#### 7<|assistant_end|>"
+
+
+def one_update(world, monkeypatch, **changes):
+    """update_policy on a first step's rollouts: the calls of score_rows, the loss, the clipping."""
+    tokenizer = rl.Tokenizer.from_dir(world / "tokenizer")
+    model, _ = rl.load_checkpoint(world / "sft", tokenizer, torch.device("cpu"))
+    cfg, task = settings(world, "x", **changes), rl.GSM8K("train", data_dir=world)
+    taken = rl.sample_rollouts(rl.Engine(model, tokenizer), task, [0, 1], cfg, seed=1)
+    calls = {"score_rows": [], "policy_gradient_loss": [], "clip_grad_norm_": []}
+    for owner, name in ((rl, "score_rows"), (rl, "policy_gradient_loss"),
+                        (torch.nn.utils, "clip_grad_norm_")):
+        def spy(*args, real=getattr(owner, name), name=name):
+            calls[name].append(args)
+            return real(*args)
+        monkeypatch.setattr(owner, name, spy)
+    optimizer = rl.AdamW([{"params": model.parameters(), "lr": cfg.lr}])
+    rl.update_policy(model, optimizer, None, taken, cfg, cfg.lr)
+    return calls
+
+
+def test_the_update_scores_at_the_temperature_of_the_sampling(world, monkeypatch):
+    calls = one_update(world, monkeypatch, temperature=0.7, max_grad_norm=0.125)
+    assert calls["score_rows"] and {args[3] for args in calls["score_rows"]} == {0.7}
+    assert {args[1] for args in calls["clip_grad_norm_"]} == {0.125}
+
+
+def test_the_ratio_is_one_before_the_first_update_and_another_after_it(world, monkeypatch):
+    """Silent bug 6: a ratio of the policy with itself would be one for ever."""
+    calls = one_update(world, monkeypatch, clip=0.2, epochs=2, device_batch_size=64)
+    ratios = [(args[0] - args[3])[args[2].bool()].exp() for args in calls["policy_gradient_loss"]]
+    assert len(ratios) == 2
+    torch.testing.assert_close(ratios[0], torch.ones_like(ratios[0]), atol=1e-4, rtol=0)
+    assert (ratios[1] - 1).abs().max() > 1e-3
+
+
+def test_the_reference_of_the_kl_penalty_stays_where_the_run_began(world, monkeypatch):
+    seen, real = [], rl.update_policy
+    monkeypatch.setattr(rl, "update_policy", lambda model, optimizer, reference, *rest: (
+        seen.append(reference), real(model, optimizer, reference, *rest))[1])
+    rl.train(settings(world, "leashed", kl=0.01))
+    began = load_file(world / "sft" / "model.safetensors")
+    assert all(torch.equal(weight, began[name]) for name, weight in seen[-1].state_dict().items()
+               if name in began)
+
+
+def test_held_out_problems_are_not_those_to_train_on(world, tmp_path):
+    train, numbers, test, test_numbers = rl.load_tasks(settings(world, "x"))
+    assert (len(numbers), len(test_numbers)) == (40, 12) and test is not train
+    path = tmp_path / "own.jsonl"
+    path.write_text("".join(json.dumps({"question": f"Q {i}", "answer": f"#### {i}"}) + "\n"
+                            for i in range(30)), encoding="utf-8")
+    _, numbers, _, held_out = rl.load_tasks(settings(world, "x", path=path, eval_problems=10))
+    assert sorted(numbers + held_out) == list(range(30)) and len(held_out) == 10
+
+
 def test_all_samples_of_a_group_draw_their_own_first_token_and_the_stop_token_is_trained(world):
     tokenizer = rl.Tokenizer.from_dir(world / "tokenizer")
     model, _ = rl.load_checkpoint(world / "sft", tokenizer, torch.device("cpu"))
@@ -288,7 +393,7 @@ def test_all_samples_of_a_group_draw_their_own_first_token_and_the_stop_token_is
 
 
 def test_a_resumed_run_is_the_uninterrupted_run_to_the_bit(world, monkeypatch):
-    rl.train(settings(world, "straight"))
+    straight = rl.train(settings(world, "straight"))
 
     class Killed(BaseException):
         pass
@@ -304,8 +409,11 @@ def test_a_resumed_run_is_the_uninterrupted_run_to_the_bit(world, monkeypatch):
     with pytest.raises(Killed):
         rl.train(settings(world, "split"))
     monkeypatch.setattr(rl, "update_policy", real)
-    rl.train(settings(world, "split", resume=True))
+    split = rl.train(settings(world, "split", resume=True))
     assert_same_weights(world / "straight", world / "split")
+    logged = [[{k: v for k, v in row.items() if k != "samples_per_s"} for row in run["rows"]]
+              for run in (straight, split)]
+    assert logged[0] == logged[1]
 
 
 def assert_same_weights(first, second):
@@ -330,6 +438,7 @@ def test_a_run_that_was_stopped_from_outside_goes_on_to_the_same_end(world, tmp_
 
 @pytest.mark.parametrize("changes, words", [
     ({"lr": 0.5}, "lr 0.5 -> "), ({"num_steps": 9}, "num_steps 9 -> 2"),
+    ({"eval_problems": 5}, "eval_problems 5 -> 12"),
     ({"source": "other"}, "source_model [0-9a-f]{12} -> [0-9a-f]{12}"),
     ({"path": "few.jsonl"}, "problems [0-9a-f]{12} -> [0-9a-f]{12}")])
 def test_another_run_is_not_resumed_by_mistake(world, changes, words, tmp_path):
@@ -369,20 +478,39 @@ def test_it_refuses_to_start_where_nothing_succeeds_and_says_why(world, capsys):
     assert not (world / "never" / "model.safetensors").exists()
 
 
-def test_it_refuses_to_start_where_everything_succeeds(world):
-    rl.train(settings(world, "learned", num_steps=120))
+def test_it_refuses_to_start_where_each_problem_always_or_never_succeeds(capsys):
+    """Half of them right, and yet no sample is better than another to the same prompt."""
+    rewards = torch.tensor([[1.0] * 6, [0.0] * 6])
+    taken = rl.Rollouts([], [], [], rewards, rewards, [], [], [])
+    with pytest.raises(rl.TrainingFailed, match="every group is dead"):
+        rl.refuse_hopeless(taken, 6)
+    assert "pass@1 0.500, pass@2 0.500, pass@4 0.500, pass@6 0.500" in capsys.readouterr().out
+
+
+def test_it_refuses_to_start_where_everything_succeeds():
+    ones = torch.ones(4, 8)
     with pytest.raises(rl.TrainingFailed, match="all of 32 samples are right"):
-        rl.train(settings(world, "again", source="learned"))
+        rl.refuse_hopeless(rl.Rollouts([], [], [], ones, ones, [], [], []), 8)
 
 
 def test_the_hackable_run_says_what_it_shows(world, capsys):
     rl.train(settings(world, "hacked", reward="hackable", num_steps=2))
-    assert "reward hacking: the reward went from" in capsys.readouterr().out
+    assert "the reward went from" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("paid, after, hacks", [(0.9, 0.1, True), (0.9, 0.85, False),
+                                                (0.2, 0.1, False)])
+def test_reward_hacking_is_named_only_where_the_reward_rose_and_the_answers_did_not(
+        paid, after, hacks, capsys):
+    rl.report_hacking([{"reward": 0.3, "length": 30}, {"reward": paid, "length": 70}], 0.1, after)
+    out = capsys.readouterr().out
+    assert ("This is reward hacking" in out) is hacks and "from 30 to 70 tokens" in out
 
 
 @pytest.mark.parametrize("flags, words", [
     (("--num-samples", "1"), "at least 2"), (("--temperature", "0"), "nothing can be learned"),
-    (("--epochs", "2"), "--clip"), (("--source", "absent"), "no checkpoint")])
+    (("--epochs", "2"), "--clip"), (("--source", "absent"), "no checkpoint"),
+    (("--kl", "-1"), "not below"), (("--ten-questions", "--path", "x.jsonl"), "leave out --path")])
 def test_a_mistake_is_one_message_and_exit_code_2(world, run_script, flags, words):
     done = run_script("10_rl", *flags, data_dir=world)
     assert done.returncode == 2
