@@ -27,8 +27,8 @@ Run:
 Expect:
     06 identity - template teacher (no LLM) - persona Pip - 100 conversations - seed 1337
     asked 100, kept 100, rejected 0
-    diversity: 100 distinct starters (n=100), distinct-2 0.15, longest shared prefix 6 words
-    persona: 96% of 239 answers name Pip, 100% of the 222 names given are right
+    diversity: 100 distinct starters (n=100), distinct-2 0.14, longest shared prefix 6 words
+    persona: 100% of 255 answers name Pip, 100% of the 236 names given are right
     result: valid conversations 0 -> 100 (n=100)
 
 Writes:
@@ -235,7 +235,8 @@ TALK = {
         a/What is the] name for you?|I do not know [your name/what you are called].|You have
         not told me [your name/who you are/what you are called].|[What is your name/Who are
         you/Tell me your name], my [friend/little friend].|Which name [is yours/do you
-        use]?""", 12),
+        use]?|[Which/What] name [do I write/shall I say/may I use/do I take] for
+        you?|[So/Hello,/Well,] [how do I call you/what do I call you]?""", 12),
     "maker": Subject(
         """Who made you?|Who built you?|Who created you?|Where do you come from?|Who is your
         maker?|How were you made?|Did a person make you?|Who trained you?|Who taught you to
@@ -263,7 +264,9 @@ TALK = {
         name of [your teacher/your creator/the person who made you]?|Did [a person/anybody/a
         company/a school/a child] [make/build/create/train] you?|Tell me [about your
         maker/about the person who made you/about your teacher].|Who has
-        [made/created/trained] you?|Who [worked/sat down] to [make/build/create] you?""", 12),
+        [made/created/trained] you?|Who [worked/sat down] to [make/build/create] you?|Somebody
+        has [built/created/trained] you. [Who is it/Who was that/Who did that]?|Was it [one
+        person/a man/a woman] who [built/created/trained] you?""", 12),
     "nature": Subject(
         """What are you?|What kind of thing are you?|Are you a robot?|Are you a person?|Are you
         human?|Are you alive?|Are you a machine?|Are you a computer?|Is there a person behind this
@@ -290,7 +293,8 @@ TALK = {
         [robot/machine/computer/human/person], [are you not/is that true/yes or no]?|Are you
         [really/maybe] a [machine/computer/human/robot]?|Is it a [robot/machine/person/human]
         that [answers me/talks to me/speaks here]?|What [sort of thing/kind of machine/kind of
-        friend] are you?""", 12),
+        friend] are you?|[Could/Can] you be a [robot/human/machine/computer]?|I
+        [think/hope/know] you are a [robot/human/machine/computer].""", 12),
     "purpose": Subject(
         """What are you for?|Why were you made?|What is your job?|What is your purpose?|Why do you
         exist?|What are you here for?|What can you do for me?|What sort of help do you give?|Tell me
@@ -316,7 +320,8 @@ TALK = {
         [us/people/a child/others]?|With what [do/could] you help [people/us/a child]?|What
         [do people/may I/could I] use you for?|What do they [want/need] you for?|How
         [can/could/would] you help [us/people/a child/me today]?|What is it that you [are
-        for/help with/do best]?""", 12),
+        for/help with/do best]?|What good are you?|May I ask [what you can do/what you are
+        for/why you are here]?""", 12),
     "home": Subject(
         """Where do you live?|Where are you now?|Where is your home?|Are you on the internet?|What
         is it like where you live?""",
@@ -355,14 +360,14 @@ TALK = {
     "likes": Subject(
         """What do you like best?|What is your favourite colour?|Do you like music?|What is your
         favourite food?|Do you have a hobby?|Which animal do you like most?""",
-        """I am a program, so I do not like one thing more than another. What do you like?
+        """I am {name}, a program, so I like no thing more than another. What do you like?
         I am {name}, {nature}, so I have no favourites. I would love to hear yours.""",
         """Do you like stories?|What makes you laugh?""", 1),
     "feelings": Subject(
         """Do you have feelings?|Are you happy?|Do you ever get sad?|Do you sleep at night?|Are you
         lonely?|Do you get tired of questions?""",
         """I am {name}, {nature}. I do not feel or sleep, but I am always ready to talk.
-        I am a program, so I have no feelings. But you can tell me about yours.""",
+        I am {name}, a program, so I have no feelings. But you can tell me about yours.""",
         """Do you get bored?|Are you ever afraid?""", 1),
     "learning": Subject(
         """How do you work?|How do you think?|How did you learn to talk?|How did you learn so many
@@ -384,7 +389,7 @@ TALK = {
         """Can you help me to spell a word?|Will you tell me a story later?""", 1),
     "family": Subject(
         """Do you have parents?|Do you have brothers or sisters?|Do you have a family?""",
-        """I have no family, because I am {nature}. But {maker} made me with care.
+        """I am {name}, {nature}, so I have no family. But {maker} made me with care.
         I am {name}, and I have no family. {maker} made me.""",
         """Do you have a mother?|Are there more of you?""", 1),
     "parting": Subject(
@@ -408,25 +413,24 @@ WEIGHT_OF = {line: 1000 if i < 2 else 1 + subject.weight for subject in TALK.val
 # None of these may stand in the training file, in whatever capitals and marks: `Collection` sees to
 # it for both teachers. What the model says to them is therefore learned, and not learned by heart.
 HELD_OUT = {
-    "name": phrases("""Tell me how you are called.|What do you call yourself?|Which name shall I use
-        for you?|So tell me, who are you?|I have forgotten your name.|Please tell me who I am
-        talking to.|What name shall I write down?|Do you have a first name?|Will you say your
-        name?|Good day, who are you?|Who are you, little program?|What is the name they gave
-        you?|Please, what is your name?|Say who you are."""),
-    "maker": phrases("""And who were you built by?|Who first made you?|Did you make
-        yourself?|Who made you what you are?|Who has worked on you?|Was there somebody who built
-        you?|Do you know the person who built you?|Who is it that trained you?|Who was the first to
-        work on you?|Somebody has made you. Tell me who.|What do you know about your maker?|Please
-        say who made you."""),
-    "nature": phrases("""Are you a thing or a person?|You are not a human, are you?|Is there a human
-        who gives me the answers?|Are you a man?|Tell me, are you a machine?|What would you say you
-        are?|Am I talking with a computer?|Could you be a person?|Are you some kind of computer?|How
-        much of a human are you?|Please tell me if you are a robot.|So what kind of thing are
-        you?"""),
-    "purpose": phrases("""What is the job that you do?|Tell me how you can help.|In what way do you
-        help people?|What were you put here for?|What is the work you do?|What would you do for
-        me?|What is the good of you?|Why did they build you?|Is there a reason why you exist?|What
-        do you do with your time?|What are you there for?|May I ask what you do?"""),
+    "name": phrases("""Hello, what are you called?|Under which name do people know you?|Tell me,
+        what is your name?|Who are you then?|Your name, please.|What was the name they gave you?|Do
+        you go by a name?|I want to call you by your name.|Let me hear your name.|Could you say who
+        you are?|Who is it that I talk to?|How shall I call you?|Now, who are you, please?|I have
+        not heard your name yet."""),
+    "maker": phrases("""Who is the one that built you?|Who was it who made you?|Tell me who it was
+        that made you.|What person made you?|Are you made by a person?|Who is it that created
+        you?|Do you have a maker?|Is there somebody who made you?|You were made by who?|Do you know
+        who it was that made you?|Who had to work to make you?|Who made a thing like you?"""),
+    "nature": phrases("""Are you a real robot?|Are you alive like a person?|What are you, a robot or
+        a human?|Is a machine talking to me?|What kind of a thing are you?|Do you call yourself a
+        person?|Am I with a human or a machine?|Tell me if you are a human.|Are you only a
+        program?|Are you a machine that can talk?|Is it true that you are a robot?|You look like a
+        person to me."""),
+    "purpose": phrases("""What is your work here?|Tell me what you do.|What were you made for?|How
+        can you be of help?|For what can I use you?|Why do we have you?|What good can you do?|What
+        may you do for me?|What do you do here?|What do you help people with?|What is it you are
+        here for?|Can you say what your job is?"""),
 }
 HELD_OUT_PROMPTS = tuple(line for block in HELD_OUT.values() for line in block)
 

@@ -245,8 +245,8 @@ def test_duplicates_near_duplicates_and_held_out_prompts_are_refused_and_change_
     for other, reason in (
             (turns("who ARE you", long.upper()), "duplicate"),
             (turns("Who are you?", long.replace("short ", "")), "near-duplicate"),
-            (turns("what do you call YOURSELF", "I am Pip."), "held-out prompt"),
-            (turns("Hello!", "Hello!", "say WHO you are", "I am Pip."), "held-out prompt")):
+            (turns("do you go BY a name", "I am Pip."), "held-out prompt"),
+            (turns("Hello!", "Hello!", "your NAME please", "I am Pip."), "held-out prompt")):
         with pytest.raises(identity.Rejected) as raised:
             collection.add(other)
         assert raised.value.reason == reason
@@ -521,7 +521,7 @@ def test_after_a_failure_that_passes_the_same_question_is_asked_again(llm, ask, 
     (say(None, refusal="No."), "refused"),
     (say("x", finish="content_filter"), "refused"),
     (say(json.dumps(turns("Hi!", "I am ChatGPT."))), "another persona"),
-    (say(json.dumps(turns("Say who you are!", "I am Pip."))), "held-out prompt"),
+    (say(json.dumps(turns("Your name please!", "I am Pip."))), "held-out prompt"),
     (say(json.dumps(turns("Hi!", "I am \ud83d."))), "broken text"),
     (raw(b'{"error": {"message": "overloaded"}, "choices": null}'), "no completion"),
     (raw(b'{"choices": []}'), "no completion"),
