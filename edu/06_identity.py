@@ -422,7 +422,7 @@ HELD_OUT = {
         that made you.|What person made you?|Are you made by a person?|Who is it that created
         you?|Do you have a maker?|Is there somebody who made you?|You were made by who?|Do you know
         who it was that made you?|Who had to work to make you?|Who made a thing like you?"""),
-    "nature": phrases("""Are you a real robot?|Are you alive like a person?|What are you, a robot or
+    "nature": phrases("""Are you a real robot?|Are you like a person?|What are you, a robot or
         a human?|Is a machine talking to me?|What kind of a thing are you?|Do you call yourself a
         person?|Am I with a human or a machine?|Tell me if you are a human.|Are you only a
         program?|Are you a machine that can talk?|Is it true that you are a robot?|You look like a
