@@ -3,7 +3,8 @@
 Goal:
     Go on with pretraining, with the same loss over every token, but on conversations: who speaks,
     where a turn ends, how the calculator is called, and that a letter can stand for an answer. What
-    it changed is measured on questions that no training file has.
+    it changed is measured on questions that no training file has. In the tiny world the same steps
+    are worth more in fine-tuning (goals.md has the numbers), so the pipeline leaves it out.
 
 You will learn:
     - why this is still pretraining: rows packed without a gap, no mask, the same optimizers
