@@ -107,6 +107,8 @@ class Config:
     """Rows that may wait for a place; one more is answered with 429."""
     prefill_tokens: int = 512
     """Prompt tokens read between two steps: more lets newcomers in sooner, and all others wait."""
+    beat: float = 0.02
+    """Seconds between two pieces of a streamed answer, its first and last ones aside."""
     max_connections: int = 256
     """Open connections."""
     patience: float = 10.0
@@ -1230,7 +1232,7 @@ class Answer:
 class Job:
     """What one request wants of the model, and the mailbox for what it gets.
 
-    news: has put_nowait(Piece); an Exception in it says that there will be nothing more.
+    news: a queue of lists of pieces; an Exception in one says that there will be nothing more.
     """
 
     stage: str
@@ -1298,6 +1300,45 @@ class RollingBatch:
         if self.rows:
             self.logits = self.decode(torch.tensor(ids, device=self.logits.device), self.cache)
         return news
+
+
+class Courier:
+    """Carries pieces from the thread that decodes to the event loop that talks.
+
+    The first and the last pieces of an answer at once, those between in bundles, one each `beat`
+    seconds. Two threads of one Python take turns, and each piece that is sent for itself is one
+    more turn to wait for: sixteen streams would lose a third of their speed to it, for pauses that
+    no eye can see.
+    """
+
+    def __init__(self, metrics, beat):
+        self.metrics, self.beat, self.loop, self.pending, self.sent = metrics, beat, None, {}, 0.0
+
+    def deliver(self, news):  # called by the worker
+        """news: list of (job, Piece or Exception), all of one step."""
+        now, urgent = time.perf_counter(), set()
+        for job, piece in news:
+            self.pending.setdefault(job, []).append(piece)
+            if isinstance(piece, Exception):
+                traceback.print_exception(piece)
+            if job.first is None or not isinstance(piece, Piece) or piece.finish_reason:
+                urgent.add(job)
+            job.first = now - job.began if job.first is None else job.first
+        if now - self.sent >= self.beat:
+            urgent, self.sent = set(self.pending), now
+        if urgent:
+            ready = [(job, self.pending.pop(job)) for job in urgent]
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to tell
+                self.loop.call_soon_threadsafe(self.post, ready)
+
+    def post(self, ready):  # called in the event loop
+        for job, pieces in ready:
+            if job.tokens == 0:
+                self.metrics.observe("first_token_seconds", job.first)
+            tokens = sum(piece.tokens for piece in pieces if isinstance(piece, Piece))
+            job.tokens += tokens
+            self.metrics.counts["completion_tokens", ""] += tokens
+            job.news.put_nowait(pieces)
 
 
 class Busy(Exception):
@@ -1544,16 +1585,19 @@ def render_prompt(messages, tokenizer, context, reserve, truncation):
     """
     messages = [{**message, "content": parts_of(message["content"])}
                 if message["role"] == "assistant" else message for message in messages]
-    first, dropped = int(messages[0]["role"] == "system"), 0
-    while True:
-        ids = render_for_completion(messages, tokenizer)
-        if len(ids) + (reserve if truncation == "auto" else 1) <= context:
-            return ids, dropped
-        if truncation != "auto" or len(messages) <= first + 1:
-            break
-        messages, dropped = messages[:first] + messages[first + 2 :], dropped + 2
-    if len(ids) < context:
-        return ids, dropped  # one question, and room for a shorter answer than hoped for
+    first = int(messages[0]["role"] == "system")
+    need = reserve if truncation == "auto" else 1
+
+    def rendered(pairs):
+        rest = messages[:first] + messages[first + 2 * pairs :]
+        return render_for_completion(rest, tokenizer)
+
+    # Fewer messages are never longer, so that a few trials find the first number that will do.
+    last = (len(messages) - first - 1) // 2 if truncation == "auto" else 0
+    pairs = bisect_left(range(last), True, key=lambda n: len(rendered(n)) + need <= context)
+    ids = rendered(pairs)
+    if len(ids) < context:  # one question alone may leave less room than hoped for
+        return ids, 2 * pairs
     raise ApiError(400, f"This model's context is {context} tokens, and the conversation takes "
                         f"{len(ids)}, the answer not counted. Shorten it, or let the oldest turns "
                         'go: "truncation": "auto".', "messages", "context_length_exceeded")
@@ -1587,15 +1631,15 @@ class Completion(Response):
             pass
         scope["client_left"] = True
         self.worker.cancel(self.job)
-        self.job.news.put_nowait(ClientDisconnect())
+        self.job.news.put_nowait([ClientDisconnect()])
 
     async def pieces(self):
         """Lists of pieces as they come, all that wait at a time, until each answer is finished."""
         running = self.job.n
         while running:
-            news = [await self.job.news.get()]
+            news = await self.job.news.get()
             while not self.job.news.empty():
-                news.append(self.job.news.get_nowait())
+                news += self.job.news.get_nowait()
             for piece in news:
                 if isinstance(piece, Exception):
                     raise piece
@@ -1796,16 +1840,18 @@ class PatientProtocol(H11Protocol):
         super().connection_made(transport)
         self.seen, self.since, self.watch = None, self.loop.time(), None
         if len(self.connections) > self.max_connections:
-            return self.answer(ApiError(429, "too many connections", headers={"Retry-After": "1"}))
+            self.answer(ApiError(429, "too many connections", headers={"Retry-After": "1"}))
         self.look()
 
     def waiting_for(self):
         """What this connection waits for its client to do, and in which request; or None."""
+        if self.transport.is_closing():
+            return "take the rest", None
         if self.cycle is None or self.cycle.response_complete:
-            return "head", id(self.cycle)
+            return "ask", id(self.cycle)
         if self.cycle.more_body:
-            return "body", id(self.cycle)
-        return ("write", id(self.cycle)) if self.flow.write_paused else None
+            return "send the body", id(self.cycle)
+        return ("read", id(self.cycle)) if self.flow.write_paused else None
 
     def look(self):
         """A few times within its patience: is it still waiting for the same thing?"""
@@ -1813,9 +1859,9 @@ class PatientProtocol(H11Protocol):
         if waiting is None or waiting != self.seen:
             self.seen, self.since = waiting, now
         elif now - self.since > self.patience:
-            if waiting[0] == "write":
-                return self.transport.abort()  # close() would wait until it is taken
-            return self.answer(ApiError(408, "the request took too long to arrive"))
+            if waiting[0] in ("read", "take the rest"):
+                return self.transport.abort()  # close() would wait until it has all been taken
+            self.answer(ApiError(408, "the request took too long to arrive"))
         self.watch = self.loop.call_later(self.patience / 4, self.look)
 
     def connection_lost(self, exc):
@@ -1850,8 +1896,9 @@ class Stages:
         self.engines = {}
 
     def names(self):
-        """Folders with a model, the furthest stage first."""
-        found = [path.parent.name for path in self.cfg.data_dir.glob("*/model.safetensors")]
+        """Folders with a model, and what is loaded already; the furthest stage first."""
+        found = {path.parent.name for path in self.cfg.data_dir.glob("*/model.safetensors")
+                 if (path.parent / "config.json").exists()} | set(self.engines)
         rank = {name: i for i, name in enumerate((self.cfg.stage, *STAGES))}
         return sorted(found, key=lambda name: (rank.get(name, len(rank)), name))
 
@@ -1874,7 +1921,7 @@ class Stages:
         return self.engines[name]
 
     def context(self, name):
-        """Its context, without loading it."""
+        """Its context, without loading it. Raises ApiError 503 where config.json is unreadable."""
         if name in self.engines:
             return self.engines[name].model.config.sequence_len
         try:
@@ -1962,9 +2009,11 @@ def make_app(cfg, stages, worker, metrics, lifespan=None):
         return PlainTextResponse(metrics.render(gauges), media_type="text/plain; version=0.0.4")
 
     def describe(name):
-        created = int((cfg.data_dir / name / "model.safetensors").stat().st_mtime)
-        return {"id": name, "object": "model", "created": created, "owned_by": "zero-to-rlhf",
-                "context_length": stages.context(name)}
+        about = {"id": name, "object": "model", "created": 0, "owned_by": "zero-to-rlhf"}
+        with contextlib.suppress(OSError, ApiError):  # half-written: listed all the same
+            about["created"] = int((cfg.data_dir / name / "config.json").stat().st_mtime)
+            about["context_length"] = stages.context(name)
+        return about
 
     @app.get("/v1/models")
     async def models():
@@ -2035,31 +2084,13 @@ def open_socket(cfg):
 
 def make_server(cfg, stages):
     """(uvicorn.Server, Worker, ServerMetrics): all wired up, nothing running yet."""
-    metrics, loop = ServerMetrics(), None
-
-    def post(news):  # in the event loop
-        for job, piece in news:
-            if job.first is None:
-                job.first = time.perf_counter() - job.began
-                metrics.observe("first_token_seconds", job.first)
-            if isinstance(piece, Piece):
-                job.tokens += piece.tokens
-                metrics.counts["completion_tokens", ""] += piece.tokens
-            job.news.put_nowait(piece)
-
-    def deliver(news):  # in the worker; once for a whole step, whatever the number of rows
-        for _, piece in news:
-            if isinstance(piece, Exception):
-                traceback.print_exception(piece)
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to tell
-            loop.call_soon_threadsafe(post, news)
-
-    worker = Worker(stages.load, deliver, cfg.max_batch, cfg.max_queue, cfg.prefill_tokens)
+    metrics = ServerMetrics()
+    courier = Courier(metrics, cfg.beat)
+    worker = Worker(stages.load, courier.deliver, cfg.max_batch, cfg.max_queue, cfg.prefill_tokens)
 
     @contextlib.asynccontextmanager
     async def lifespan(app):
-        nonlocal loop
-        loop = asyncio.get_running_loop()
+        courier.loop = asyncio.get_running_loop()
         worker.start()
         yield
         await asyncio.to_thread(worker.stop)

@@ -42,13 +42,15 @@ class Config:
     """Turns of each number of clients; the median counts."""
     requests: int = 30
     """Requests to each endpoint."""
+    flags: tuple[str, ...] = ()
+    """Further flags of the server, such as --flags=--beat=0."""
 
 
 @contextlib.contextmanager
 def served(cfg):
     """The port of a server that runs for as long as this lasts."""
     command = [sys.executable, script_path("16_serve"), "--data-dir", cfg.data_dir, "--port", "0",
-               "--no-log-requests", *(["--stage", cfg.stage] if cfg.stage else [])]
+               "--no-log-requests", *(["--stage", cfg.stage] if cfg.stage else []), *cfg.flags]
     with subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8") as process:
         try:
             for line in process.stdout:

@@ -77,7 +77,9 @@ def data_dir(tmp_path_factory):
     for name, model in {"random": random_model(), "script": chain_model(script, 256),
                         "loop": chain_model(loop, LOOP_CONTEXT)}.items():
         serve_fuzz.write_stage(folder / name, model, tokenizer)
-    (folder / "broken").mkdir()
+    for name in ("broken", "half"):  # a model that is none, and a folder that is being written
+        (folder / name).mkdir()
+    (folder / "half" / "model.safetensors").write_bytes(b"no weights")
     (folder / "broken" / "model.safetensors").write_bytes(b"no weights")
     (folder / "broken" / "config.json").write_text('{"model": {"sequence_len": 64}}', "utf-8")
     return folder
@@ -676,6 +678,25 @@ def test_with_truncation_auto_the_oldest_turns_go_and_the_answer_says_so(server)
     assert status == 200 and "dropped_messages" not in json.loads(text)
 
 
+def test_as_few_turns_go_as_make_room(stages):
+    """Oracle: one pair after the other is taken away until the rest fits."""
+    rng = random.Random(2)
+    for _ in range(60):
+        messages = [{"role": ("user", "assistant")[i % 2], "content": "x" * rng.randint(1, 40)}
+                    for i in range(2 * rng.randint(0, 12) + 1)]
+        if rng.random() < 0.5:
+            messages.insert(0, {"role": "system", "content": "y" * rng.randint(0, 20)})
+        first = int(messages[0]["role"] == "system")
+        rest, dropped, reserve = list(messages), 0, rng.choice((1, 50))
+        while True:
+            ids = serve.render_for_completion(rest, stages.tokenizer)
+            if len(ids) + reserve <= 128 or len(rest) == first + 1:
+                break
+            rest, dropped = rest[:first] + rest[first + 2 :], dropped + 2
+        assert serve.render_prompt(messages, stages.tokenizer, 128, reserve, "auto") == (
+            ids, dropped)
+
+
 def test_an_answer_ends_where_the_context_ends(server):
     status, _, text = server.chat("loop", "x", max_tokens=100_000)
     answer = json.loads(text)
@@ -867,12 +888,14 @@ def test_a_request_that_does_not_come_to_its_end_is_answered_with_408(impatient,
     assert json.loads(response.partition(b"\r\n\r\n")[2])["error"]["message"]
 
 
-def test_a_client_that_does_not_read_is_dropped(impatient):
-    """300 chunks in four streams are more than the small buffers of this server hold."""
+@pytest.mark.parametrize("tokens", [100, 1500])
+def test_a_client_that_does_not_read_is_dropped(impatient, tokens):
+    """Also where all that it should read is in the server's buffers, and only to be taken."""
     client = socket.socket()
     client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
     client.connect(("127.0.0.1", impatient.port))
-    body = {"model": "loop", "messages": ASK, "stream": True, "n": 4, "max_tokens": 300}
+    body = {"model": "loop", "messages": ASK, "stream": True, "n": 4,
+            "max_tokens": tokens}
     client.sendall(serve_fuzz.request_bytes(json.dumps(body).encode()))
     wait_for(lambda: impatient.worker.active_rows() == 4)
     impatient.idle()
