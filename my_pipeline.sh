@@ -52,7 +52,9 @@ life_cycle() {
         resumes base/resume.pt          writes base/model.safetensors base/config.json
     stage engine    05_engine.py        reads 'tokenizer/*' base/model.safetensors \
                                         flags ${prompts[@]+--prompt "${prompts[@]}"}
-    stage identity  06_identity.py      writes my_identity.jsonl my_identity_test.jsonl
+    # more than its default of 100: each new wording of a question teaches a small model to hear it
+    stage identity  06_identity.py      writes my_identity.jsonl my_identity_test.jsonl \
+                                        flags --num-conversations 400
     stage sft       08_sft.py           reads base/model.safetensors 'tokenizer/*' 'tiny_*.jsonl' \
         my_identity{,_test}.jsonl       resumes sft/resume.pt \
                                         writes sft/model.safetensors sft/config.json

@@ -80,9 +80,9 @@ class Config:
     stage: str = "sft"
     """Folder under data_dir that the run writes."""
     # the data
-    identity_repeats: int = 32
-    """How often an epoch shows each conversation of my_identity.jsonl, each time from another turn
-    on: there are few of them."""
+    identity_rows: int = 3200
+    """Rows of my_identity.jsonl in an epoch: its conversations again and again, each time from
+    another of its turns on; at least once each, and 0 leaves them out."""
     calculator_share: float = 0.35
     """Share of the word problems that are shown with the calculator; the others in the head."""
     max_problems: int = 3600
@@ -1488,8 +1488,8 @@ def check_sft_settings(cfg, world_size):
     if cfg.rows_per_step % world_size:
         raise UserError(f"--rows-per-step {cfg.rows_per_step} cannot be shared by {world_size} "
                         f"ranks: try {cfg.rows_per_step + -cfg.rows_per_step % world_size}.")
-    if min(cfg.identity_repeats, cfg.max_problems, cfg.eval_prompts) < 0:
-        raise UserError("--identity-repeats, --max-problems and --eval-prompts count from 0.")
+    if min(cfg.identity_rows, cfg.max_problems, cfg.eval_prompts) < 0:
+        raise UserError("--identity-rows, --max-problems and --eval-prompts count from 0.")
     if not 0 <= cfg.calculator_share <= 1 or not 0 <= cfg.warmup_ratio < 1:
         raise UserError(f"--calculator-share {cfg.calculator_share} and --warmup-ratio "
                         f"{cfg.warmup_ratio} are shares: 0 to 1.")
@@ -1498,11 +1498,12 @@ def check_sft_settings(cfg, world_size):
 def training_rows(cfg, tokenizer, max_tokens):
     """All rows of an epoch, and one line about each file. Raises UserError when there are none."""
     generator, rows, lines = torch.Generator().manual_seed(cfg.seed), [], []
-    for name, repeats in (("my_identity.jsonl", cfg.identity_repeats), ("tiny_chat_train.jsonl", 1),
-                          ("tiny_gsm_train.jsonl", 1)):
-        if repeats < 1 or not (cfg.data_dir / name).exists():
+    for name, wanted in (("my_identity.jsonl", cfg.identity_rows), ("tiny_chat_train.jsonl", 1),
+                         ("tiny_gsm_train.jsonl", 1)):
+        if not wanted or not (cfg.data_dir / name).exists():
             continue
         conversations = read_conversations(cfg.data_dir / name)
+        repeats = max(1, round(wanted / len(conversations)))
         if "gsm" in name:
             conversations = conversations[: cfg.max_problems]
             shown = torch.rand(len(conversations), generator=generator) < cfg.calculator_share

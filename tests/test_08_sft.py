@@ -58,7 +58,7 @@ def world(tmp_path_factory):
 
 
 def settings(world, stage, **changes):
-    small = {"rows_per_step": 8, "device_batch_size": 8, "num_epochs": 0.6, "identity_repeats": 2,
+    small = {"rows_per_step": 8, "device_batch_size": 8, "num_epochs": 0.6, "identity_rows": 6,
              "eval_every": 4, "eval_rows": 4, "save_every": 4, "log_every": 1, "plot": False,
              "eval_prompts": 0, "sample_every": 1000}
     return sft.Config(data_dir=world, stage=stage, **{**small, **changes})
@@ -273,7 +273,7 @@ def test_smaller_passes_give_the_same_run(world):
 def test_two_ranks_train_as_one_also_where_a_step_has_a_row_for_one_of_them_only(
         world, run_script):
     """153 rows, 8 a step: the last group of the epoch is a single row."""
-    whole = {"num_epochs": 1, "identity_repeats": 1}
+    whole = {"num_epochs": 1, "identity_rows": 3}
     cfg = settings(world, "two", **whole)
     done = run_script("08_sft", *flags_of(cfg), nproc=2, env={"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
@@ -353,7 +353,7 @@ def test_a_conversation_nobody_answers_is_dropped_and_counted(world, tmp_path):
         chat("Who are you?", "I am Pip."), {"messages": [{"role": "user", "content": "Hello?"}]}])
     rows, lines = sft.training_rows(settings(tmp_path, "x"),
                                     sft.Tokenizer.from_dir(world / "tokenizer"), 65)
-    assert len(rows) == 2 and "2 rows, 0 cut, 2 dropped" in lines[0]
+    assert len(rows) == 3 and "3 rows, 0 cut, 3 dropped" in lines[0]
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_checkpoint(world, monkeypatch):

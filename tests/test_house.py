@@ -36,7 +36,7 @@ SMALLEST = {
     "12_pretrain": "--depth 1 --num-iterations 4 --eval-every 2 --save-every 4 --compile off "
     "--sequence-len 192 --total-batch-size 1536 --device-batch-size 8 --eval-tokens 1024",
     "05_engine": "--bench-tokens 16",
-    "08_sft": "--identity-repeats 1 --num-epochs 0.2 --eval-prompts 4 --eval-rows 8 --eval-every 8",
+    "08_sft": "--identity-rows 100 --num-epochs 0.2 --eval-prompts 4 --eval-rows 8 --eval-every 8",
     "10_rl": "--num-steps 2 --num-samples 8 --prompts-per-step 2 --eval-problems 4 "
     "--probe-prompts 4 --max-new-tokens 24 --reward hackable --stage rl",
     "13_midtrain": "--num-iterations 4 --total-batch-size 1536 --eval-questions 8",
