@@ -65,6 +65,9 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    # Before torch is imported: two test processes share the cores. (Not for tests/bench.py, which
+    # imports this file too.)
+    os.environ["OMP_NUM_THREADS"] = "1"
     given = config.getoption("--impl")
     if given is None:
         return

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Set up what is missing, then run the tests: bash tests/run.sh [any arguments of pytest]
+# The whole suite is shared by two processes, file by file (WORKERS=4 for more).
 # Paths among the arguments are as seen from the folder you call this from.
 set -euo pipefail
 
@@ -13,7 +14,7 @@ names_tests() {  # is ARGUMENT a path inside tests/?
 }
 
 bash "$root/my_pipeline.sh" setup tests
-all=("$root/tests")
+all=(-n "${WORKERS:-2}" --dist loadfile "$root/tests")
 for argument in "$@"; do
     if names_tests "$argument"; then all=(); fi
 done

@@ -504,7 +504,8 @@ def test_run_sh_sets_up_and_hands_its_arguments_to_pytest(clone, arguments, whol
     assert done.returncode == 5  # pytest's own
     assert clone.pip_calls()[0].endswith("-r tests/requirements.txt")
     words = done.stdout[done.stdout.index("-q\n") :].splitlines()
-    folder = [str(tests.resolve())] if whole_suite else []
+    two = ["-n", "2", "--dist", "loadfile"]
+    folder = [*two, str(tests.resolve())] if whole_suite else []
     config = str(clone.folder.resolve() / "pyproject.toml")
     assert words == ["-q", "-c", config, *folder, *arguments]
 
