@@ -1923,7 +1923,11 @@ class Stages:
 
 def read_page():
     """(the page, its Content-Security-Policy): only these very scripts and styles may run."""
-    page = PAGE.read_text("utf-8")
+    try:
+        page = PAGE.read_text("utf-8")
+    except OSError as error:
+        raise UserError(f"the chat page {PAGE} cannot be read ({error.strerror}); it belongs "
+                        f"beside {Path(__file__).name}: copy both.") from None
 
     def hashes(tag):
         texts = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
