@@ -25,7 +25,7 @@ Run:
     python edu/16_serve.py --measure 16
 
 Expect:
-    16 serve - cpu - float32 - ...
+    16 serve - cpu - float32 - 1.3M params - stage ...
     stages: ...
     result: ...
     next: python edu/17_report.py
@@ -1098,15 +1098,13 @@ def sample_rows(logits, u, temperature, top_k, top_p):
     tokens = logits.argmax(dim=-1)
     cut = ((top_k > 0) & (top_k < logits.size(-1))) | (top_p < 1)
     ranked = (temperature > 0) & cut
-    for rows, sample in (((temperature > 0) & ~ranked, sample_plain), (ranked, sample_ranked)):
-        if rows.any():
-            tokens[rows] = sample(logits[rows] / temperature[rows, None].clamp(min=1e-4), u[rows],
-                                  top_k[rows], top_p[rows])
+    plain = (temperature > 0) & ~cut
+    logits = logits / temperature.clamp(min=1e-4)[:, None]
+    if plain.any():
+        tokens[plain] = sample_next_token(logits[plain], u[plain])
+    if ranked.any():
+        tokens[ranked] = sample_ranked(*(x[ranked] for x in (logits, u, top_k, top_p)))
     return tokens
-
-
-def sample_plain(logits, u, top_k, top_p):
-    return sample_next_token(logits, u)
 
 
 def sample_ranked(logits, u, top_k, top_p):
@@ -1307,7 +1305,7 @@ class Courier:
 
     The first and the last pieces of an answer at once, those between in bundles, one each `beat`
     seconds. Two threads of one Python take turns, and each piece that is sent for itself is one
-    more turn to wait for: sixteen streams would lose a third of their speed to it, for pauses that
+    more turn to wait for: sixteen streams would lose a fifth of their speed to it, for pauses that
     no eye can see.
     """
 
@@ -1934,7 +1932,11 @@ class Stages:
 
 def read_page():
     """(the page, its Content-Security-Policy): only these very scripts and styles may run."""
-    page = PAGE.read_text("utf-8")
+    try:
+        page = PAGE.read_text("utf-8")
+    except OSError as error:
+        raise UserError(f"the chat page {PAGE} cannot be read ({error.strerror}); it belongs "
+                        f"beside {Path(__file__).name}: copy both.") from None
 
     def hashes(tag):
         texts = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)

@@ -1009,8 +1009,8 @@ def test_ctrl_c_lets_the_answers_finish_and_the_log_tells_no_secret(data_dir):
     assert "sesame" not in out and "abc" not in out and "Traceback" not in out
 
 
-def test_a_port_that_is_taken_and_a_model_that_is_missing_are_said_in_words(data_dir, tmp_path,
-                                                                            capsys):
+def test_a_port_that_is_taken_and_a_model_that_is_missing_are_said_in_words(
+        data_dir, tmp_path, capsys, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         flags = ["--data-dir", str(data_dir), "--stage", "script", "--port", str(port)]
@@ -1027,6 +1027,10 @@ def test_a_port_that_is_taken_and_a_model_that_is_missing_are_said_in_words(data
     assert "no model" in capsys.readouterr().err
     assert serve.main(["--data-dir", str(data_dir), "--stage", "broken"]) == 2
     assert "no checkpoint" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr(serve, "PAGE", tmp_path / "gone.html")
+        assert serve.main(["--data-dir", str(data_dir), "--stage", "script"]) == 2
+        assert "gone.html" in capsys.readouterr().err
     for flags in (["--max-batch", "0"], ["--port", "70000"], ["--patience", "0"]):
         assert serve.main(["--data-dir", str(data_dir), *flags]) == 2
         assert flags[0] in capsys.readouterr().err
