@@ -54,6 +54,7 @@ import sys
 import sysconfig
 import tempfile
 import time
+import warnings
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -792,7 +793,9 @@ def use_calculator(expression):
     if "'" not in expression and '"' not in expression:
         expression = re.sub(r"(?<=\d),(?=\d{3}\b)", "", expression)  # 1,234 is a number here
     try:
-        value = evaluate_node(ast.parse(expression, mode="eval").body)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a model writes things like 3in: Python warns
+            value = evaluate_node(ast.parse(expression, mode="eval").body)
         if isinstance(value, float):
             value = round(value, 6)  # 0.1 + 0.2 is 0.3
             value = int(value) if abs(value) < 1e15 and value.is_integer() else value  # 12 / 4 is 3

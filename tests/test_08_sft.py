@@ -332,7 +332,7 @@ def test_the_share_of_problems_with_the_calculator_and_their_number_are_those_as
     call = [{"type": "text", "text": "It is "}, {"type": "python", "text": "1+1"},
             {"type": "python_output", "text": "2"}, {"type": "text", "text": "2.\n#### 2"}]
     shutil.copytree(world / "tokenizer", tmp_path / "tokenizer")
-    write_jsonl(tmp_path / "tiny_gsm_train.jsonl", [chat(f"Problem {i}?", call) for i in range(400)])
+    write_jsonl(tmp_path / "tiny_gsm_train.jsonl", [chat(f"Is it {i}?", call) for i in range(400)])
     tokenizer = sft.Tokenizer.from_dir(world / "tokenizer")
     cfg = settings(tmp_path, "x", calculator_share=0.3, max_problems=300)
     rows, _ = sft.training_rows(cfg, tokenizer, 65)

@@ -325,6 +325,13 @@ def test_what_the_calculator_wrote_is_seen_and_not_trained(world):
     assert tokenizer.decode(trained) == "<|python_start|>3+4<|python_end|>#### 7<|assistant_end|>"
 
 
+def recorder(real, calls):
+    def call(*args):
+        calls.append(args)
+        return real(*args)
+    return call
+
+
 def one_update(world, monkeypatch, **changes):
     """update_policy on a first step's rollouts: the calls of score_rows, the loss, the clipping."""
     tokenizer = rl.Tokenizer.from_dir(world / "tokenizer")
@@ -334,10 +341,7 @@ def one_update(world, monkeypatch, **changes):
     calls = {"score_rows": [], "policy_gradient_loss": [], "clip_grad_norm_": []}
     for owner, name in ((rl, "score_rows"), (rl, "policy_gradient_loss"),
                         (torch.nn.utils, "clip_grad_norm_")):
-        def spy(*args, real=getattr(owner, name), name=name):
-            calls[name].append(args)
-            return real(*args)
-        monkeypatch.setattr(owner, name, spy)
+        monkeypatch.setattr(owner, name, recorder(getattr(owner, name), calls[name]))
     optimizer = rl.AdamW([{"params": model.parameters(), "lr": cfg.lr}])
     rl.update_policy(model, optimizer, None, taken, cfg, cfg.lr)
     return calls

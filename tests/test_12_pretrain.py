@@ -5,16 +5,14 @@ import math
 import os
 import random
 import signal
-import subprocess
 import sys
-import time
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import flags_of, load, run_process, running, script_path, wait_for
+from conftest import flags_of, load, run_process, running, wait_for
 from safetensors.torch import load_file
 
 pretrain = load("12_pretrain")

@@ -214,7 +214,8 @@ def test_fresh_runs_every_stage_again(finished):
         ("edu/00_tiny_world.py", {"world", "download", "sft", "rl", "evaluate"}),
         ("edu/12_pretrain.py", {"pretrain", "sft", "rl", "evaluate"}),
         ("edu/08_sft.py", {"sft", "rl", "evaluate"}),
-        ("data/shard_00001.parquet", {"download", "tokenizer", "pretrain", "sft", "rl", "evaluate"}),
+        ("data/shard_00001.parquet",
+         {"download", "tokenizer", "pretrain", "sft", "rl", "evaluate"}),
         ("data/tokenizer/config.json", {"tokenizer", "pretrain", "sft", "rl", "evaluate"}),
     ],
 )
