@@ -15,6 +15,7 @@ import contextlib
 import importlib.util
 import ipaddress
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -68,6 +69,9 @@ def pytest_configure(config):
     # Before torch is imported: two test processes share the cores. (Not for tests/bench.py, which
     # imports this file too.)
     os.environ["OMP_NUM_THREADS"] = "1"
+    # A suite that a shell runs in the background ignores Ctrl-C, and would hand that on to all that
+    # it starts; some tests press it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     given = config.getoption("--impl")
     if given is None:
         return
