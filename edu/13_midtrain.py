@@ -1859,7 +1859,7 @@ def train(cfg):
 
 
 SAMPLE_QUESTIONS = ("What is the capital of France?", "Spell the word: garden",
-                    "There are 38 rows of trees, and 16 trees in each row. How many trees are "
+                    "There are 46 rows of trees, and 13 trees in each row. How many trees are "
                     "there?")
 
 

@@ -108,7 +108,7 @@ class Config:
     """Rows that may wait for a place; one more is answered with 429."""
     prefill_tokens: int = 512
     """Prompt tokens read between two steps: more lets newcomers in sooner, and all others wait."""
-    beat: float = 0.02
+    beat: float = 0.05
     """Seconds between two pieces of a streamed answer, its first and last ones aside."""
     max_connections: int = 256
     """Open connections."""

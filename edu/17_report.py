@@ -92,7 +92,7 @@ class Config:
     """A second run beside this one: another data folder, or an earlier report's report.json."""
     ask: tuple[str, ...] = (
         "Who are you?", "What is the capital of France?",
-        "A farmer plants 38 rows of trees. There are 16 trees in each row. How many trees is that?",
+        "A farmer plants 46 rows of trees. There are 13 trees in each row. How many trees is that?",
         "Tell me a story about a cat.")
     """Questions that every stage answers, as in a chat; the likeliest token each time."""
     go_on: tuple[str, ...] = ("The capital of France is", "Once there was a dog")
