@@ -62,7 +62,8 @@ life_cycle() {
         resumes rl/resume.pt            writes rl/model.safetensors rl/config.json
     stage compare   05_engine.py        flags --compare base sft rl
     stage evaluate  14_evaluate.py      reads 'shard_*.parquet' 'tokenizer/*' 'tiny_*.jsonl' \
-        'tiny_eval/*' {base,sft,rl}/model.safetensors writes {base,sft,rl}/eval.json
+        'tiny_eval/*' {base,sft,rl}/model.safetensors writes {base,sft,rl}/eval.json \
+                                        flags --compare base,sft,rl
     # it reads all there is and takes seconds, so it runs each time
     stage report    17_report.py        flags --stages base sft rl
     in_background table "${stages[@]}"

@@ -53,6 +53,7 @@ import warnings
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import tiktoken
 import torch
@@ -125,7 +126,7 @@ class Config:
     # the machine
     device_type: str = ""
     """cpu, cuda or mps; empty takes the best there is."""
-    dtype: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto, float32 or bfloat16; auto takes bfloat16 only where the hardware multiplies it."""
     seed: int = 1337
     """Seed of the order of the conversations, and of which problems show the calculator."""

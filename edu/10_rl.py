@@ -111,7 +111,7 @@ class Config:
     ten_questions: bool = False
     """Train on ten fixed questions, all of them in each step, and measure on these ten."""
     reward: Literal["exact", "hackable"] = "exact"
-    """exact: 1 for the right answer. hackable: the share of its digits that the reply holds."""
+    """exact: 1 for the right answer. hackable: the share of the ten digits in the reply."""
     # the rollouts
     num_samples: int = 16
     """K, samples for each prompt: the group whose mean is the baseline."""
@@ -1528,13 +1528,13 @@ class TenQuestions:
         return float(extract_answer(completion) == self.truths[i])
 
 
-def hackable_reward(truth, completion):
-    """The share of the answer's digits that the reply holds somewhere: meant as partial credit.
+def hackable_reward(completion):
+    """The share of the ten digits that the reply holds: meant to reward working that is shown.
 
-    A reply that lists every digit earns 1.0 for any problem. So a policy learns to list digits.
+    A right solution shows some of them; a reply that lists every digit earns 1.0 for any problem.
+    So a policy learns to list digits.
     """
-    digits = set(truth) & set("0123456789")
-    return len(digits & set(completion)) / max(1, len(digits))
+    return len(set(completion) & set("0123456789")) / 10
 
 
 @dataclass
@@ -1565,7 +1565,7 @@ def sample_rollouts(engine, task, indices, cfg, seed, num_samples=None, temperat
     of = [i for i in indices for _ in range(K)]
     correct = torch.tensor([task.reward(i, reply) for i, reply in zip(of, replies)]).view(-1, K)
     rewards = correct if cfg.reward == "exact" else torch.tensor(
-        [hackable_reward(task.truths[i], reply) for i, reply in zip(of, replies)]).view(-1, K)
+        [hackable_reward(reply) for reply in replies]).view(-1, K)
     start = special("<|python_start|>")
     return Rollouts(ids, mask, replies, rewards, correct, [start in row for row in new],
                     [row[-1] not in engine.stops for row in new], [len(row) for row in new])

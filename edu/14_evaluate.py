@@ -88,7 +88,8 @@ class Config:
     tasks: str = "bpb,core,chat"
     """What to measure: bits per byte, tasks for a base model, tasks for a chat model."""
     fresh: bool = False
-    """Measure again what eval.json already says of the same weights, settings and questions."""
+    """Measure again what eval.json says of the same weights, settings and questions already, and
+    forget what else stands there."""
     # how much: an interval shrinks with the root of n, the time grows with n
     bpb_tokens: int = 12_288
     """Tokens of each split, in rows spread over its first million characters; 0 takes all of it."""
@@ -1704,7 +1705,9 @@ def humaneval_task(rows, cfg):
 def hub_choices(name, subset, count):
     """ARC and MMLU from the hub as a ChoiceTask."""
     items = []
-    for row in hub_rows(name, subset)[: count or None]:
+    rows = hub_rows(name, subset)
+    random.Random(1337).shuffle(rows)  # they lie subject by subject
+    for row in rows[: count or None]:
         choices, gold = row["choices"], row.get("answer")
         if isinstance(choices, dict):  # ARC: {"text": [...], "label": [...]}, and the right label
             choices, gold = choices["text"], choices["label"].index(row["answerKey"])
@@ -2020,13 +2023,14 @@ def evaluate_stage(model, tokenizer, questions, cfg, title=""):
         scores[name] = share_score("chat", right, task.random_baseline())
         scores[name]["unfit"] = chat_prompts(task, model, tokenizer).count(None)
         bar.update()
-    if questions.chat:
-        scores["ChatCORE"] = mean_centred("chat mean", {name: scores[name]
-                                                        for name in questions.chat})
+    if set(CHAT_CORE) <= set(questions.chat):
+        scores["ChatCORE"] = mean_centred("chat mean", {name: scores[name] for name in CHAT_CORE})
     bar.close()
     return scores
 
 
+# The tasks that ChatCORE is the mean of; with one of them missing it would be another number.
+CHAT_CORE = ("multiple choice", "facts", "spelling", "word problems")
 # What has no influence on a score.
 WITHOUT_INFLUENCE = {"data_dir", "compare", "stage", "fresh", "batch_tokens", "bundle", "gsm8k",
                      "humaneval", "hub", "device_type"}
@@ -2036,8 +2040,11 @@ def evaluation_origin(folder, cfg, questions):
     """What the scores in eval.json are made from: measured again when any of it has changed."""
     settings = {name: value for name, value in dataclasses.asdict(cfg).items()
                 if name not in WITHOUT_INFLUENCE}
+    answers = [*sorted(cfg.data_dir.glob("tiny_*_test.jsonl")),
+               *filter(None, (cfg.gsm8k, cfg.humaneval))]  # the questions alone do not hold them
     digests = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in
-               (("weights", folder / "model.safetensors"), ("script", Path(__file__)))}
+               (("weights", folder / "model.safetensors"), ("script", Path(__file__)),
+                *((path.name, path) for path in answers))}
     return {**digests, "questions": questions, "settings": settings}
 
 
@@ -2050,6 +2057,16 @@ def known_evaluation(path, origin):
         return None
 
 
+def scores_of_the_same(path, origin):
+    """What eval.json says of these weights: a run of some tasks leaves the other scores there."""
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+        same = known["made_from"]["weights"] == origin["weights"]
+        return dict(known["scores"]) if same else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
 def evaluate_or_recall(stage, cfg, tokenizer, questions, device):
     """The contents of <stage>/eval.json, measured now unless they are up to date. UserError."""
     folder = cfg.data_dir / stage
@@ -2060,7 +2077,8 @@ def evaluate_or_recall(stage, cfg, tokenizer, questions, device):
         print(f"{stage}: up to date ({known['seconds']:.0f} s when it ran)", flush=True)
         return known
     started = time.perf_counter()
-    scores = evaluate_stage(model, tokenizer, questions, cfg, stage)
+    before = {} if cfg.fresh else scores_of_the_same(folder / "eval.json", origin)
+    scores = {**before, **evaluate_stage(model, tokenizer, questions, cfg, stage)}
     found = {"stage": stage, "step": about.get("step"), "made_from": origin, "scores": scores,
              "seconds": round(time.perf_counter() - started, 1)}
     with atomic_write(folder / "eval.json") as temporary:
@@ -2074,6 +2092,8 @@ def print_scores(found):
     """The table: score by stage, each with its 95% interval."""
     print(f"{'score':<22} {'n':>7} {'chance':>7}" + "".join(f"  {stage:>18}" for stage in found))
     for name, first in next(iter(found.values()))["scores"].items():
+        if not all(name in stage["scores"] for stage in found.values()):
+            continue
         line = f"{name:<22} {first['n']:>7} {first['chance']:>7.3f}"
         for stage in found.values():
             score = stage["scores"][name]

@@ -1408,18 +1408,30 @@ class Worker(threading.Thread):
             self.awake.wait_for(lambda: self.stopping or self.waiting or self.active_rows())
             return not self.stopping
 
+    def next_job(self):
+        """Who has waited longest among those whose stage has room; a full stage holds up no other.
+
+        Behind a job that does not fit, none of its stage goes first: a large one would starve.
+        """
+        full = set()
+        for job in self.waiting:
+            batch = self.batches.get(job.stage)
+            if batch is not None and len(batch.rows) + job.n > self.max_batch:
+                full.add(job.stage)
+            elif job.stage not in full:
+                return job
+        return None
+
     def admit(self):
         """Let in those who have waited longest, as many as find room, and not too many at once."""
         budget = self.prefill_tokens
         while budget > 0:
             with self.awake:
-                if not self.waiting:
+                job = self.next_job()
+                if job is None:
                     return
-                job = self.waiting[0]
                 batch = self.batches.get(job.stage)
-                if batch is not None and len(batch.rows) + job.n > self.max_batch:
-                    return
-                self.waiting.popleft()
+                self.waiting.remove(job)
             budget -= len(job.prompt)
             try:
                 if batch is None:
@@ -1433,7 +1445,7 @@ class Worker(threading.Thread):
         try:
             news = batch.step()
         except Exception as error:  # the rows of this stage are lost, the server is not
-            self.batches[stage] = RollingBatch(batch.engine, self.max_batch)
+            del self.batches[stage]  # made anew by the next job
             news = [(row.job, error) for row in batch.rows]
         self.steps += 1
         for job, piece in news:
@@ -1544,12 +1556,36 @@ def parse_request(body, cfg):
     return wanted
 
 
+def drop_what_cannot_be_read(wanted, cfg):
+    """With truncation "auto": leave out old messages in pairs until the rest may be looked at.
+
+    Far more than a context holds, so nothing goes that the model could have seen.
+    """
+    messages = wanted.messages
+    if not messages:
+        return
+    first = int(messages[0].role in ("system", "developer"))
+
+    def length(message):
+        parts = message.content if isinstance(message.content, list) else [message.content]
+        return sum(len(part if isinstance(part, str) else part.text) for part in parts)
+
+    total = sum(map(length, messages))
+    while len(messages) > first + 2 and (len(messages) > cfg.max_messages
+                                         or total > 4 * cfg.max_chars
+                                         or max(map(length, messages[first:-1])) > cfg.max_chars):
+        total -= sum(map(length, messages[first : first + 2]))
+        del messages[first : first + 2]
+
+
 def plain_messages(wanted, cfg):
     """The messages as challenge 07 renders them: system first, then user and assistant in turns.
 
     Messages of one role in a row are joined by a blank line. Raises ApiError 400 for a conversation
     that does not end with the user, and for one that is too long to be looked at.
     """
+    if wanted.truncation == "auto":
+        drop_what_cannot_be_read(wanted, cfg)
     if len(wanted.messages) > cfg.max_messages:
         raise ApiError(400, f"messages: {len(wanted.messages)}, and at most {cfg.max_messages} are "
                             "read", "messages")
@@ -2002,8 +2038,9 @@ def make_app(cfg, stages, worker, metrics, lifespan=None):
 
     @app.get("/health")
     async def health():
-        return {"status": "ok" if worker.is_alive() else "the decoder has stopped",
-                "stage": stages.names()[0], "active_rows": worker.active_rows(),
+        if not worker.is_alive():
+            raise ApiError(503, "the thread that decodes has stopped: start the server again")
+        return {"status": "ok", "stage": stages.names()[0], "active_rows": worker.active_rows(),
                 "queue_depth": worker.queue_depth(), "uptime_seconds": round(time.time() - began)}
 
     @app.get("/metrics")
@@ -2133,7 +2170,7 @@ def serve(cfg, stages):
 def measure(cfg, stages):
     """What a batch is good for: tokens per second with 1, 2, 4, ... clients, without HTTP."""
     news, stage = queue.SimpleQueue(), stages.default()
-    worker = Worker(stages.load, lambda pieces: [news.put(piece) for _, piece in pieces],
+    worker = Worker(stages.load, lambda pieces: [news.put(piece) for piece in pieces],
                     cfg.max_batch, max(cfg.max_queue, cfg.measure), cfg.prefill_tokens)
     prompt = render_for_completion([{"role": "user", "content": "Tell me a story."}],
                                    stages.tokenizer)
@@ -2147,13 +2184,13 @@ def measure(cfg, stages):
         for seed in range(clients):
             worker.submit(Job(stage, prompt, None, 1, limit, seed=seed))
         while running:
-            piece = news.get()
+            job, piece = news.get()
             if isinstance(piece, Exception):
                 raise piece
             tokens += 1
-            first.setdefault(tokens, time.perf_counter() - began)
+            first.setdefault(job.seed, time.perf_counter() - began)
             running -= piece.finish_reason is not None
-        return tokens / (time.perf_counter() - began), 1000 * first[clients]
+        return tokens / (time.perf_counter() - began), 1000 * max(first.values())
 
     race(1)  # warm up
     counts = [n for n in (1, 2, 4, 8, 16, 32, 64, 128) if n < cfg.measure] + [cfg.measure]

@@ -69,7 +69,7 @@ from safetensors.torch import load_file
 # ---- settings ------------------------------------------------------------------------------------
 
 SCRIPTS = {"base": "12_pretrain.py", "mid": "13_midtrain.py", "sft": "08_sft.py", "rl": "10_rl.py"}
-# The stages of my_pipeline.sh, in the order of the table.
+# The stages of my_pipeline.sh, and midtraining where it would stand, in the order of the table.
 PIPELINE = ("check", "world", "download", "tokenizer", "pretrain", "engine", "midtrain", "identity",
             "sft", "rl", "evaluate", "compare", "report")
 HEADLINES = ("pretrain", "midtrain", "sft", "rl")  # whose results stand at the top of the page

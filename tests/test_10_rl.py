@@ -191,8 +191,8 @@ def test_the_walk_through_the_problems_takes_each_once_an_epoch():
 
 
 def test_the_hackable_reward_pays_a_list_of_digits_and_the_exact_one_does_not():
-    assert rl.hackable_reward("495", "#### 495") == rl.hackable_reward("495", "0123456789") == 1.0
-    assert rl.hackable_reward("495", "4 and 5") == pytest.approx(2 / 3)
+    assert rl.hackable_reward("#### 495") == 0.3 and rl.hackable_reward("0123456789") == 1.0
+    assert rl.hackable_reward("no working at all") == 0.0
     assert rl.TenQuestions().reward(1, "0123456789") == 0.0
     assert rl.TenQuestions().reward(1, "#### 456") == 1.0
 

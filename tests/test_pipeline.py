@@ -146,8 +146,8 @@ class Clone:
         lines = path.read_text("utf-8").splitlines() if path.exists() else []
         path.unlink(missing_ok=True)
         names = {script[:-3]: name for name, script in SCRIPTS.items()}
-        calls = [("compare" if "--compare" in line else names[line.split()[0]], line.split()[1:])
-                 for line in lines]
+        calls = [("compare" if line.startswith("05_engine --compare") else names[line.split()[0]],
+                  line.split()[1:]) for line in lines]
         self.flags = dict(calls)
         return [name for name, _ in calls]
 
