@@ -26,7 +26,7 @@ Expect:
     score                     n  chance  ...
     CORE                   ...
     ChatCORE               ...
-    result: ChatCORE, base against rl 0.077 -> 0.649 (n=400)
+    result: ChatCORE, base against rl 0.079 -> 0.632 (n=400)
 
 Writes:
     base/eval.json
@@ -2142,8 +2142,9 @@ def run(cfg):
     # 3. side by side
     print_scores(found)
     first, last = next(iter(found.values())), list(found.values())[-1]
-    name = next(name for name in ("ChatCORE", "CORE", "bits per byte, val")
-                if name in last["scores"])
+    both = [name for name in last["scores"] if name in first["scores"]]
+    name = next((name for name in ("ChatCORE", "CORE", "bits per byte, val") if name in both),
+                both[0])
     of = f"{first['stage']} against {last['stage']}" if len(found) > 1 else f"{last['stage']}"
     before = f"{first['scores'][name]['score']:.3f}" if len(found) > 1 else "-"
     print(f"result: {name}, {of} {before} -> {last['scores'][name]['score']:.3f} "

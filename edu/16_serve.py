@@ -1557,13 +1557,13 @@ def parse_request(body, cfg):
 
 
 def drop_what_cannot_be_read(wanted, cfg):
-    """With truncation "auto": leave out old messages in pairs until the rest may be looked at.
-
-    Far more than a context holds, so nothing goes that the model could have seen.
+    """How many old messages of a request with truncation "auto" were left out, two by two, until
+    the rest may be looked at. That is far more than a context holds: the model would see none.
     """
     messages = wanted.messages
-    if not messages:
-        return
+    if wanted.truncation != "auto" or not messages:
+        return 0
+    asked = len(messages)
     first = int(messages[0].role in ("system", "developer"))
 
     def length(message):
@@ -1576,6 +1576,7 @@ def drop_what_cannot_be_read(wanted, cfg):
                                          or max(map(length, messages[first:-1])) > cfg.max_chars):
         total -= sum(map(length, messages[first : first + 2]))
         del messages[first : first + 2]
+    return asked - len(messages)
 
 
 def plain_messages(wanted, cfg):
@@ -1584,8 +1585,6 @@ def plain_messages(wanted, cfg):
     Messages of one role in a row are joined by a blank line. Raises ApiError 400 for a conversation
     that does not end with the user, and for one that is too long to be looked at.
     """
-    if wanted.truncation == "auto":
-        drop_what_cannot_be_read(wanted, cfg)
     if len(wanted.messages) > cfg.max_messages:
         raise ApiError(400, f"messages: {len(wanted.messages)}, and at most {cfg.max_messages} are "
                             "read", "messages")
@@ -2007,13 +2006,14 @@ async def read_body(request):
 def make_job(wanted, cfg, stages):
     """(Job, dropped messages) of a checked request. Raises ApiError."""
     names = stages.names()
-    stage = wanted.model or names[0]
+    stage = wanted.model or next(iter(names), "")
     if stage not in names:
         raise ApiError(404, f"there is no model {stage[:100]!r}; there are: {', '.join(names)}",
                        "model", "model_not_found")
     context = stages.context(stage)
     # As in the protocol, a bound and no promise: an answer also ends where the context does.
     limit = wanted.max_completion_tokens or wanted.max_tokens or context
+    unread = drop_what_cannot_be_read(wanted, cfg)
     prompt, dropped = render_prompt(plain_messages(wanted, cfg), stages.tokenizer, context,
                                     min(limit, context // 4), wanted.truncation)
     stops = wanted.stop or ()
@@ -2022,7 +2022,7 @@ def make_job(wanted, cfg, stages):
         stage, prompt, asyncio.Queue(), wanted.n or 1, limit,
         1.0 if wanted.temperature is None else wanted.temperature, wanted.top_k or 0,
         1.0 if wanted.top_p is None else wanted.top_p, seed,
-        (stops,) if isinstance(stops, str) else tuple(stops)), dropped
+        (stops,) if isinstance(stops, str) else tuple(stops)), unread + dropped
 
 
 def make_app(cfg, stages, worker, metrics, lifespan=None):
@@ -2040,8 +2040,9 @@ def make_app(cfg, stages, worker, metrics, lifespan=None):
     async def health():
         if not worker.is_alive():
             raise ApiError(503, "the thread that decodes has stopped: start the server again")
-        return {"status": "ok", "stage": stages.names()[0], "active_rows": worker.active_rows(),
-                "queue_depth": worker.queue_depth(), "uptime_seconds": round(time.time() - began)}
+        return {"status": "ok", "stage": next(iter(stages.names()), None),
+                "active_rows": worker.active_rows(), "queue_depth": worker.queue_depth(),
+                "uptime_seconds": round(time.time() - began)}
 
     @app.get("/metrics")
     async def prometheus():
@@ -2071,7 +2072,8 @@ def make_app(cfg, stages, worker, metrics, lifespan=None):
     async def chat_completions(request: Request):
         # 1. read  2. check  3. render  4. queue; Completion does the rest
         wanted = parse_request(await read_body(request), cfg)
-        job, dropped = make_job(wanted, cfg, stages)
+        # a long conversation takes its time to be encoded, in which others' tokens are sent
+        job, dropped = await asyncio.to_thread(make_job, wanted, cfg, stages)
         try:
             worker.submit(job)
         except Busy as error:

@@ -441,7 +441,7 @@ def ask(tmp_path, capsys):
     def run(*flags, workers=2, wanted=8):
         code = identity.main([
             "--teacher", "openai", "--model", "m", "--data-dir", str(tmp_path), "--base-delay",
-            "0.01", "--timeout", "0.4", "--workers", str(workers), "--num-conversations",
+            "0.01", "--timeout", "5", "--workers", str(workers), "--num-conversations",
             str(wanted), *flags])
         out, err = capsys.readouterr()
         assert KEY not in out + err and "Traceback" not in err
@@ -498,7 +498,7 @@ def test_the_temperature_is_sent_when_it_is_given(llm, ask):
     ids="429 429-with-wait 500 503 408 409 hang-up hang cut-body".split())
 def test_after_a_failure_that_passes_the_same_question_is_asked_again(llm, ask, tmp_path, fault):
     llm.faults = [fault]
-    code, out, _ = ask()
+    code, out, _ = ask(*(["--timeout", "0.4"] if fault is hang else []))
     assert code == 0 and len(llm.requests) == 9
     assert "asked 8, kept 8, rejected 0" in out
     assert len(read_lines(tmp_path / "my_identity.jsonl")) == 8

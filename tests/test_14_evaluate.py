@@ -829,6 +829,16 @@ def test_stages_stand_side_by_side_and_every_score_has_n_chance_and_interval(wor
     assert f"result: ChatCORE, base against sft {before:.3f} -> {after:.3f} (n=46)" in out
 
 
+@pytest.fixture
+def copied(world, tmp_path):
+    """A data folder with the base model, whose files may be changed."""
+    folder = tmp_path / "data"
+    (folder / "base").mkdir(parents=True)
+    for path in (*world.glob("*.*"), *world.glob("t*/"), *world.glob("base/[mc]*")):
+        (folder / path.relative_to(world)).symlink_to(path)
+    return folder
+
+
 def test_what_is_known_of_the_same_weights_is_not_measured_again(world, capsys, tmp_path):
     flags = ["--data-dir", str(world), "--tasks", "core", "--compare", "base,sft"]
     ev.main([*flags, "--fresh"])
@@ -843,6 +853,27 @@ def test_what_is_known_of_the_same_weights_is_not_measured_again(world, capsys, 
     ev.main([*flags, "--max-per-task", "7"])
     out = capsys.readouterr().out
     assert "base: up to date" in out and "sft: up to date" not in out
+
+
+def test_a_part_measured_alone_keeps_the_scores_of_the_others_and_fresh_does_not(
+        world, copied, capsys):
+    flags = ["--data-dir", str(copied), "--compare", "base", "--max-per-task", "4",
+             "--chat-per-task", "4", "--max-new-tokens", "4"]
+    assert ev.main([*flags, "--tasks", "core"]) == 0
+    core = evaluation(copied, "base")["scores"]
+    assert ev.main([*flags, "--tasks", "chat"]) == 0
+    both = evaluation(copied, "base")["scores"]
+    assert "ChatCORE" in both and core.items() <= both.items()
+    assert ev.main([*flags, "--tasks", "chat", "--fresh"]) == 0
+    assert not set(core) & set(evaluation(copied, "base")["scores"])
+
+
+def test_without_one_of_its_tasks_there_is_no_chatcore(world, copied, capsys):
+    (copied / "tiny_gsm_test.jsonl").unlink()
+    assert ev.main(["--data-dir", str(copied), "--compare", "base", "--tasks", "chat",
+                    "--chat-per-task", "4", "--max-new-tokens", "4"]) == 0
+    scores = evaluation(copied, "base")["scores"]
+    assert "facts" in scores and "ChatCORE" not in scores
 
 
 def test_a_broken_stage_is_named_and_the_others_are_evaluated(world, tmp_path, capsys):

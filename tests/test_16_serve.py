@@ -21,6 +21,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import serve_fuzz
@@ -676,6 +677,39 @@ def test_with_truncation_auto_the_oldest_turns_go_and_the_answer_says_so(server)
     body["messages"] = body["messages"][:2]
     status, _, text = server.request("POST", "/v1/chat/completions", {**body, "truncation": "auto"})
     assert status == 200 and "dropped_messages" not in json.loads(text)
+
+
+def test_with_truncation_auto_a_talk_longer_than_is_read_at_all_goes_on(server):
+    """700 messages where 500 are read, and one of 9,000 characters where 8,000 are."""
+    turns = [{"role": ("user", "assistant")[i % 2], "content": "hi"} for i in range(701)]
+    body = {"messages": [{"role": "system", "content": "S"}, *turns], "truncation": "auto"}
+    status, _, text = server.request("POST", "/v1/chat/completions", body)
+    answer = json.loads(text)
+    # each message left takes its 2 letters and 2 marks; a quarter of the context is kept free
+    left = (answer["usage"]["prompt_tokens"] - 1 - 3 - 1) // 4
+    assert status == 200 and answer["dropped_messages"] == 701 - left and left % 2 == 1
+    body["messages"] = [{"role": "user", "content": "x" * 9000}, *turns[1:3]]
+    status, _, text = server.request("POST", "/v1/chat/completions", body)
+    assert status == 200 and json.loads(text)["dropped_messages"] == 2
+    body["messages"] = [*turns[:2], {"role": "user", "content": "x" * 9000}]  # the question itself
+    assert server.request("POST", "/v1/chat/completions", body)[0] == 400
+
+
+def test_a_stage_that_is_full_holds_up_no_other():
+    """In line: two for stage a, which is full, one for b, which is not; then none for b."""
+    def job(stage, n):
+        return serve.Job(stage, [0], None, n, 1, 1.0, 0, 1.0, 0)
+
+    worker = serve.Worker(None, None, max_batch=4, max_queue=9, prefill_tokens=1)
+    worker.batches["a"] = SimpleNamespace(rows=[None] * 3)
+    large, small, other = job("a", 2), job("a", 1), job("b", 1)
+    for waiting in (large, small, other):
+        worker.submit(waiting)
+    assert worker.next_job() is other
+    worker.cancel(other)
+    assert worker.next_job() is None  # the small one has room, and may not overtake the large one
+    worker.batches["a"].rows.pop()
+    assert worker.next_job() is large
 
 
 def test_as_few_turns_go_as_make_room(stages):

@@ -30,7 +30,7 @@ ORDER = [
 # Flags that make a Run line cheap; they come after its own, so they win.
 SMALLEST = {
     "train_tiny_chat": "--steps 40 --max-new-tokens 20",
-    "00_tiny_world": "--size-mb 1 --num-chats 100 --num-problems 100 --num-eval 20",
+    "00_tiny_world": "--size-mb 1 --num-chats 400 --num-problems 100 --num-eval 20",
     "11_tokenizer": "--vocab-size 512 --no-gpt2 --eval-chars 100000",
     "02_dataloader": "--timed-chars 100000",
     "12_pretrain": "--depth 1 --num-iterations 4 --eval-every 2 --save-every 4 --compile off "
