@@ -70,7 +70,12 @@ ROWS = {
     **{f"serve {n}{what}": (f"server, {n} client{'s' * (n > 1)}{what and ',' + what}",
                             "4x" if n == 16 and not what else "")
        for n in (1, 2, 4, 8, 16) for what in ("", " first token")},
-    "suite": ("`bash tests/run.sh`, installation aside", "360 s"),
+    "playground": ("playground, `tp train` of the default config, from its start to its best "
+                   "validation loss", "60 s"),
+    "playground bpb": ("what that run reaches on phrases it has not seen, beside counted token "
+                       "pairs", ""),
+    "playground sweep": ("playground, `tp sweep` of 12 such runs", "360 s"),
+    "suite": ("`bash tests/run.sh`, installation aside", "420 s"),
 }
 LESS_IS_MORE = ("s", "ms", "MB", "bits per byte")  # units
 
@@ -87,7 +92,7 @@ NANOGPT_FLAGS = (  # of nanoGPT's README, for a machine without a GPU
     "--dropout=0.0")
 
 Benchmark = Literal["all", "table", "shakespeare", "train", "decode", "cache", "rl", "loader",
-                    "xz", "pipeline", "serve", "suite"]
+                    "xz", "pipeline", "serve", "playground", "suite"]
 
 
 def folder_from(variable):
@@ -634,6 +639,30 @@ def bench_serve(config):
     return json.loads(said[said.index("{") :])
 
 
+def bench_playground(config):
+    """The playground's default run, and twelve of them as a sweep."""
+    folder = ROOT / "edu" / "playground"
+    tp = [sys.executable, "-m", "tp"]
+    with tempfile.TemporaryDirectory() as runs:
+        common = ["--config", "configs/default.py", "--runs-dir", runs]
+        began = time.perf_counter()
+        run_checked([*tp, "train", *common, "--run-id", "one"], cwd=folder)
+        seconds = time.perf_counter() - began
+        summary = json.loads((Path(runs) / "one" / "summary.json").read_text(encoding="utf-8"))
+        seconds -= summary["seconds"] - summary["seconds_to_best"]
+        began = time.perf_counter()
+        run_checked([*tp, "sweep", *common, "--grid", "model.positional_encoding=learned,rope,"
+                     "alibi,none", "--seeds", "1,2,3"], cwd=folder)
+        sweep = time.perf_counter() - began
+    # losses are in nats per token, of the same tokens
+    bigram = summary["best_val_bpb"] * summary["ladder"]["bigram"] / summary["best_val_loss"]
+    print(f"  best after {seconds:.1f} s, 12 runs {sweep:.0f} s")
+    return {"playground": entry(round(seconds, 1), "s"),
+            "playground bpb": entry(round(summary["best_val_bpb"], 4), "bits per byte",
+                                    round(bigram, 4), "bigram"),
+            "playground sweep": entry(round(sweep, 1), "s")}
+
+
 def bench_suite(config):
     """The whole test suite."""
     began = time.perf_counter()
@@ -645,7 +674,8 @@ def bench_suite(config):
 
 BENCHMARKS = {"shakespeare": bench_shakespeare, "train": bench_train, "decode": bench_decode,
               "cache": bench_cache, "rl": bench_rl, "loader": bench_loader, "xz": bench_xz,
-              "pipeline": bench_pipeline, "serve": bench_serve, "suite": bench_suite}
+              "pipeline": bench_pipeline, "serve": bench_serve, "playground": bench_playground,
+              "suite": bench_suite}
 
 
 def replace_text(path, text):
