@@ -600,12 +600,12 @@ class Letters:
 
 
 def test_a_long_phrase_becomes_rows_in_which_every_token_is_predicted_once():
-    """abcdefg in blocks of 3: [BOS a b c] [c d e f] [f g EOS]."""
-    rows = data.to_rows(["abcdefg", "h"], Letters(), 3)
-    assert rows == [[2, 4, 5, 6], [6, 7, 8, 9], [9, 10, 3], [2, 11, 3]]
+    """abcdefg in blocks of 3: [BOS a b c] [c d e f] [f g EOS]; hi fills one block exactly."""
+    rows = data.to_rows(["abcdefg", "hi"], Letters(), 3)
+    assert rows == [[2, 4, 5, 6], [6, 7, 8, 9], [9, 10, 3], [2, 11, 12, 3]]
     inputs, targets = data.collate(rows)
-    assert inputs.tolist() == [[2, 4, 5], [6, 7, 8], [9, 10, 0], [2, 11, 0]]
-    assert targets.tolist() == [[4, 5, 6], [7, 8, 9], [10, 3, -1], [11, 3, -1]]
+    assert inputs.tolist() == [[2, 4, 5], [6, 7, 8], [9, 10, 0], [2, 11, 12]]
+    assert targets.tolist() == [[4, 5, 6], [7, 8, 9], [10, 3, -1], [11, 12, 3]]
 
 
 def test_an_epoch_holds_every_row_once_and_its_order_follows_from_seed_and_epoch():
