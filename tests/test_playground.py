@@ -917,17 +917,17 @@ def run_until(rows, run, command, stop):
 def test_ctrl_c_and_then_kill_9_and_the_end_is_that_of_a_straight_run(place):
     """21 rows. Ctrl-C after 2 saves where it is; the run goes on from there, is killed after 5,
     and goes on again from what it saved last."""
-    settings, run = ["train.steps=240", "train.eval_every=12"], runs.Run("runs", "a")
+    settings, run = ["train.steps=160", "train.eval_every=8"], runs.Run("runs", "a")
     command = f"tp train --config configs/default.py --run-id a --set {' '.join(settings)}"
     code, said = run_until(2, run, command, signal.SIGINT)
     assert code == 130 and "Traceback" not in said
     assert "tp train --runs-dir runs --resume a" in said
     summary = run.load_summary()
-    assert summary["status"] == "stopped" and 12 <= summary["steps"] < 240
+    assert summary["status"] == "stopped" and 8 <= summary["steps"] < 160
     assert run.load_checkpoint("last")["step"] == summary["steps"]
 
     code, said = run_until(5, run, "tp train --resume a", signal.SIGKILL)
-    assert code == -signal.SIGKILL and f"resumed at step {summary['steps']} of 240" in said
+    assert code == -signal.SIGKILL and f"resumed at step {summary['steps']} of 160" in said
     assert run.load_summary()["status"] == "running" and len(run.load_metrics()) < 20
 
     assert cli.main(["train", "--resume", "a"]) == 0
