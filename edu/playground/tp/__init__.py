@@ -1,0 +1,3 @@
+"""transformer-playground: small decoder-only transformers, taken apart from the config."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,38 @@
+"""The `tp` command: one sub-command per module, imported only when it is called."""
+
+import argparse
+import importlib
+import sys
+
+from tp.errors import UserError
+
+# command: (module with add_arguments(parser) and main(args), what it does)
+COMMANDS = {
+    "train": ("tp.train", "train a model from a config, or go on with a run"),
+    "generate": ("tp.sample", "draw text from a run"),
+}
+
+
+def make_parser(command):
+    """The parser, with the arguments of `command` only: torch is slow to import."""
+    parser = argparse.ArgumentParser(prog="tp", description="transformer-playground")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (module, meaning) in COMMANDS.items():
+        sub = commands.add_parser(name, help=meaning, description=meaning)
+        if name == command:
+            importlib.import_module(module).add_arguments(sub)
+    return parser
+
+
+def main(argv=None):
+    """Run one command; returns the exit code: 0, 2 for a user's mistake, 130 for Ctrl-C."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        args = make_parser(argv[0] if argv else None).parse_args(argv)
+        return importlib.import_module(COMMANDS[args.command][0]).main(args) or 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr)
+        return 130

@@ -1,0 +1,179 @@
+"""The folder of a run: what stands where, and reading it back."""
+
+import io
+import json
+import pickle
+import re
+import shutil
+import time
+from pathlib import Path
+
+import torch
+
+from tp.config import check, config_hash, from_dict, to_dict
+from tp.errors import UserError
+from tp.files import write_bytes, write_json, write_lines
+from tp.model import Transformer
+from tp.tokenizer import load_tokenizer
+
+CHECKPOINTS = ("best_val", "last")
+
+
+def list_runs(runs_dir):
+    """The ids of the runs in a folder, oldest first; [] where there is no such folder."""
+    configs = Path(runs_dir).glob("*/config.json")
+    return [path.parent.name for path in sorted(configs, key=lambda p: (p.stat().st_mtime, p))]
+
+
+class Run:
+    """runs_dir/run_id: the paths of its files, and what they hold. The constructor reads nothing."""
+
+    def __init__(self, runs_dir, run_id):
+        self.runs_dir, self.run_id = Path(runs_dir), run_id
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._+=,-]*", run_id):
+            raise UserError(f"--run-id {run_id!r}: it names a folder; use letters, digits and ._-")
+        self.folder = self.runs_dir / run_id
+        self.config_path = self.folder / "config.json"
+        self.metrics_path = self.folder / "metrics.jsonl"
+        self.samples_path = self.folder / "samples.jsonl"
+        self.summary_path = self.folder / "summary.json"
+        self.tokenizer_path = self.folder / "tokenizer" / "spm.model"
+        self.reports = self.folder / "reports"
+
+    # ---- making one ------------------------------------------------------------------------------
+
+    @classmethod
+    def create(cls, runs_dir, config, run_id=None):
+        """A new run with its folders and its config.json. Raises UserError if it is there already.
+
+        Without run_id: the time, and 6 digits that stand for config and seed.
+        """
+        name = time.strftime("%Y%m%d-%H%M%S-") + config_hash(config, with_seed=True)[:6]
+        run = cls(runs_dir, run_id or name)
+        try:
+            run.folder.mkdir(parents=True)
+        except FileExistsError as error:
+            raise UserError(f"{run.folder} is there already, and no run is overwritten. Go on with "
+                            f"it:\n  tp train --runs-dir {runs_dir} --resume {run.run_id}\n"
+                            "or choose another --run-id") from error
+        except OSError as error:
+            raise UserError(f"cannot make the folder {run.folder}: {error.strerror}") from error
+        for name in ("checkpoints", "tokenizer", "reports"):
+            (run.folder / name).mkdir()
+        write_json(run.config_path, to_dict(config))
+        return run
+
+    def remove(self):
+        """Take back a folder that create has just made."""
+        shutil.rmtree(self.folder)
+
+    @classmethod
+    def open(cls, runs_dir, run_id):
+        """A run that exists. Raises UserError with the ids that do."""
+        run = cls(runs_dir, run_id)
+        if not run.config_path.is_file():
+            known = list_runs(runs_dir)
+            there = "\n  ".join(known[-8:]) if known else "none; make one with  tp train"
+            raise UserError(f"{runs_dir} has no run {run_id!r}. Its runs, newest last:\n  {there}")
+        return run
+
+    # ---- settings, metrics, samples --------------------------------------------------------------
+
+    def load_config(self):
+        """The RunConfig it was made with. Raises UserError."""
+        return from_dict(read_json(self.config_path), self.config_path)
+
+    def load_metrics(self):
+        """One dictionary per evaluation; a last line torn by a crash is left out."""
+        return read_rows(self.metrics_path)
+
+    def load_samples(self):
+        """One dictionary per sample: step, prompt, text."""
+        return read_rows(self.samples_path)
+
+    def load_summary(self):
+        """summary.json. A status of "running" without such a process is a run that was killed."""
+        return read_json(self.summary_path)
+
+    def keep_rows_until(self, step):
+        """Drop the metrics and samples of later steps: a resumed run will write them again."""
+        for path in (self.metrics_path, self.samples_path):
+            if path.exists():
+                write_lines(path, [row for row in read_rows(path) if row["step"] <= step])
+
+    # ---- weights ---------------------------------------------------------------------------------
+
+    def checkpoint_path(self, checkpoint):
+        return self.folder / "checkpoints" / f"{checkpoint}.pt"
+
+    def save_checkpoint(self, checkpoint, state):
+        """Tensors and plain values only, so that no pickle need be executed to read them."""
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        write_bytes(self.checkpoint_path(checkpoint), buffer.getvalue())
+
+    def load_checkpoint(self, checkpoint):
+        """The dictionary that save_checkpoint was given. Raises UserError."""
+        path = self.checkpoint_path(checkpoint)
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except FileNotFoundError as error:
+            raise UserError(f"there is no {path}: run {self.run_id} was stopped before its first "
+                            f"evaluation. Go on with it:\n  tp train --runs-dir {self.runs_dir} "
+                            f"--resume {self.run_id}") from error
+        except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+            raise UserError(f"{path} is damaged, or no checkpoint: "
+                            f"{str(error).splitlines()[0]}") from error
+
+    def load_model(self, checkpoint="best_val"):
+        """(model in eval mode, tokenizer, config, state). state: step, val_loss and more.
+
+        Raises UserError, also where the tokenizer is not the one that the weights belong to.
+        """
+        state, config = self.load_checkpoint(checkpoint), self.load_config()
+        tokenizer = load_tokenizer(self.tokenizer_path)
+        if state["tokenizer_sha256"] != tokenizer.sha256:
+            raise UserError(f"{self.tokenizer_path} (sha256 {tokenizer.sha256[:12]}) is not the "
+                            f"tokenizer of {checkpoint}.pt (sha256 "
+                            f"{state['tokenizer_sha256'][:12]}): its ids would mean other text")
+        check(config)
+        model = Transformer(config.model, tokenizer.vocab_size)
+        try:
+            model.load_state_dict(state["model"])
+        except RuntimeError as error:
+            raise UserError(f"{self.checkpoint_path(checkpoint)} does not fit "
+                            f"{self.config_path}; was one of them edited?\n"
+                            f"  {str(error).splitlines()[-1].strip()}") from error
+        return model.eval(), tokenizer, config, state
+
+
+def append_row(path, row):
+    """Add one line of JSON."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path):
+    """The content of a JSON file. Raises UserError."""
+    try:
+        return json.loads(Path(path).read_text("utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+
+
+def read_rows(path):
+    """The objects of a JSONL file; no file: []. A last line cut short by a crash is left out."""
+    path = Path(path)
+    if not path.exists():
+        return []
+    # Without its line end the last line is not whole: the end is written last.
+    lines = path.read_text("utf-8", errors="replace").split("\n")[:-1]
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise UserError(f"{path}, line {number} is damaged: {error}") from error
+    return rows
