@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from tp.errors import UserError
+from tp.files import write_bytes
 from tp.tables import (
     differences,
     flat,
@@ -25,7 +26,6 @@ from tp.tables import (
     short_names,
     table,
     visible,
-    write_text,
 )
 
 # What can be ranked by: the less the better, all of them.
@@ -53,7 +53,7 @@ def main(args):
         path = getattr(args, kind)
         if path is not None:
             path = Path(path or Path(args.runs_dir) / f"leaderboard.{kind}")
-            write_text(path, render(boards))
+            write_bytes(path, render(boards).encode())
             print(f"wrote {path}")
     return 0
 
@@ -109,7 +109,7 @@ def data_key(run):
     summary = run["summary"]
     chosen = {key: value for key, value in run["config"].items() if key.startswith("data.")}
     counted = [summary.get("train_phrases"), summary.get("val_phrases")]
-    return json.dumps(summary.get("data_hash") or [chosen, counted], sort_keys=True)
+    return json.dumps(summary.get("data_sha256") or [chosen, counted], sort_keys=True)
 
 
 def tokenizer_key(run):

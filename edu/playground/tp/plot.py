@@ -8,11 +8,88 @@ same metrics give the same bytes.
 
 import html
 import math
+from pathlib import Path
+
+from tp.errors import UserError
+from tp.files import write_bytes
+from tp.tables import find_run, read_json, read_rows
 
 WIDTH, PLOT_HEIGHT, LEFT, RIGHT, BOTTOM = 760, 340, 64, 24, 52
 MOST_RUNS = 8  # more lines than that nobody can tell apart
 LIGHT = ("#1f66cc", "#b8560a", "#1a7f4b", "#8b3fb5", "#b3243c", "#0b7a8a", "#7a6a00", "#5c6470")
 DARK = ("#79aeff", "#f2a45c", "#67cf97", "#cf9bf0", "#ff8a98", "#5fd0e0", "#d9c85a", "#aab3c0")
+
+
+def add_arguments(parser):
+    parser.add_argument("--runs-dir", default="runs", metavar="DIR")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--run-id", metavar="ID", help="one run")
+    which.add_argument("--run-ids", metavar="A,B", help="several, in one picture")
+    parser.add_argument("--out", metavar="PATH", help="the picture (default: loss.svg in the run's "
+                        "folder; of several runs in --runs-dir)")
+    parser.add_argument("--log-y", action="store_true", help="log scale, for losses that explode")
+
+
+def main(args):
+    ids = [args.run_id] if args.run_id is not None else args.run_ids.split(",")
+    ids = list(dict.fromkeys(name.strip() for name in ids if name.strip()))
+    if not 1 <= len(ids) <= MOST_RUNS:
+        raise UserError(f"--run-ids {args.run_ids}: one picture shows 1 to {MOST_RUNS} runs, "
+                        "because more colours cannot be told apart")
+    folders = [find_run(args.runs_dir, name) for name in ids]
+    runs = [read_curves(folder, args.log_y) for folder in folders]
+    out = Path(args.out or (folders[0] if len(ids) == 1 else Path(args.runs_dir)) / "loss.svg")
+    print(f"tp plot-loss - {', '.join(ids)} - {'log' if args.log_y else 'linear'} scale")
+    for run in runs:
+        print(spoken_run(run))
+        for note in run["notes"]:
+            print(f"  {note}")
+    try:
+        picture = draw(runs, args.log_y, marks=ladder_of(folders[0]) if len(ids) == 1 else ())
+    except ValueError as error:
+        raise UserError(f"{', '.join(ids)}: {error}; is the run older than its first evaluation?"
+                        ) from None
+    highest = max(loss for run in runs for point in run["train"] + run["val"] if point
+                  for loss in point[1:])
+    lowest = min(best_of(run["val"] + run["train"])[1] for run in runs
+                 if best_of(run["val"] + run["train"]))
+    if not args.log_y and highest > 20 * lowest > 0:
+        print(f"the highest loss is {highest / lowest:.0f} times the lowest: --log-y shows both")
+    save(out, picture)
+    print(f"wrote {out}")
+    return 0
+
+
+def save(path, picture):
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(path, picture.encode())
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror}); name another with --out"
+                        ) from None
+
+
+def read_curves(folder, log_y):
+    """{"run_id", "train", "val", "notes"} of one run folder, as draw wants it."""
+    metrics = read_rows(folder / "metrics.jsonl")
+    run = {"run_id": folder.name, "notes": []}
+    for key in ("train", "val"):
+        run[key], left_out = points_of(metrics, f"{key}_loss", log_y)
+        if left_out:
+            steps = ", ".join(f"{step:g}" for step in left_out[:6])
+            more = f" and {len(left_out) - 6} more" if len(left_out) > 6 else ""
+            run["notes"].append(f"{folder.name}: {key} loss not {'above 0' if log_y else 'finite'} "
+                                f"and left out at step {steps}{more}")
+    return run
+
+
+def ladder_of(folder):
+    """[("bigram", nats per token), ...] of the run's summary; [] without one."""
+    try:
+        ladder = read_json(folder / "summary.json").get("ladder") or {}
+    except UserError:
+        return []
+    return [(name, loss) for name, loss in ladder.items() if is_number(loss)]
 
 
 def style_sheet():
@@ -109,7 +186,7 @@ class Axis:
 # ---- the picture ---------------------------------------------------------------------------------
 
 
-def draw(runs, log_y=False, title=None, marks=()):
+def draw(runs, log_y=False, marks=()):
     """SVG text of runs [{"run_id", "train": points, "val": points, "notes": [text]}, ...].
 
     Points as points_of gives them. marks: [(label, loss)], drawn as dotted lines where they lie
@@ -131,7 +208,8 @@ def draw(runs, log_y=False, title=None, marks=()):
         f'height="{height}" role="img" aria-label="{escape(spoken(runs))}">',
         f"<style>\n{style_sheet()}\n</style>",
         f'<rect class="page" width="{WIDTH}" height="{height}"/>',
-        words(LEFT, 26, title or "loss of " + ", ".join(run["run_id"] for run in runs), "title"),
+        words(LEFT, 26, "loss of " + (runs[0]["run_id"] if len(runs) == 1 else f"{len(runs)} runs"),
+              "title"),
         *draw_axes(x, y, log_y), *draw_marks(x, y, marks, min(losses), max(losses)),
     ]
     for i, run in enumerate(runs):
@@ -152,10 +230,13 @@ def words(x, y, text, classes="", anchor="start"):
 
 def spoken(runs):
     """What a screen reader says: each run and its lowest validation loss."""
-    return "loss by step; " + "; ".join(
-        f"{run['run_id']}: " + ("best validation loss {1:.4g} at step {0:g}".format(*best)
-                                if (best := best_of(run["val"])) else "no validation loss")
-        for run in runs)
+    return "loss by step; " + "; ".join(map(spoken_run, runs))
+
+
+def spoken_run(run):
+    best = best_of(run["val"])
+    return f"{run['run_id']}: " + ("best validation loss {1:.4f} at step {0:g}".format(*best)
+                                   if best else "no validation loss")
 
 
 def draw_axes(x, y, log_y):

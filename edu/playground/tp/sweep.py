@@ -65,12 +65,12 @@ def main(args):
     jobs, threads = share_cores(args.jobs, len(allowed))
     runs_dir = Path(args.runs_dir)
     for point in allowed:
-        point.state = state_of(runs_dir / point.run_id, point.config)
+        point.state, point.why = state_of(runs_dir / point.run_id, point.config)
     announce(name, points, len(seeds), jobs, threads)
     if not allowed:
         raise UserError("every combination of this grid is refused, for the reasons above")
     sweep = Sweep(args, name, runs_dir, jobs, threads)
-    stopped = sweep.run([point for point in allowed if point.state != "done"])
+    stopped = sweep.run([point for point in allowed if point.state in ("new", "resume")])
     return conclude(sweep, allowed, stopped, args.by)
 
 
@@ -94,8 +94,7 @@ class Point:
 
 def spell(value):
     """A value as --set reads it."""
-    return {None: "none", True: "true", False: "false"}[value] if value in (None, True, False) and (
-        not isinstance(value, (int, float)) or isinstance(value, bool)) else str(value)
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
 def read_grid(specs, base):
@@ -169,12 +168,12 @@ def plan(base, grid, seeds, name):
 
 
 def run_id_of(name, settings):
-    """"pos-positional_encoding_rope-s1". Letters that no folder's name should have become "~", and
-    then, as for a name too long, eight digits of a hash keep two points from sharing a folder."""
+    """"pos-positional_encoding=rope-s1". What no folder's name should hold becomes "_", and then,
+    as for a name too long, eight digits of a hash keep two points from sharing a folder."""
     short = short_names(list(settings))
-    parts = [f"{short[key]}_{spell(value)}" for key, value in settings.items() if key != "seed"]
+    parts = [f"{short[key]}={spell(value)}" for key, value in settings.items() if key != "seed"]
     said = "-".join([name, *parts, f"s{settings['seed']}"])
-    safe = re.sub(r"[^A-Za-z0-9._-]", "~", said)
+    safe = re.sub(r"[^A-Za-z0-9._+=-]", "_", said)
     if safe == said and len(said) <= 120:
         return said
     mark = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
@@ -185,9 +184,10 @@ def run_id_of(name, settings):
 
 
 def state_of(folder, config):
-    """"new", "resume" or "done". Raises UserError if the folder holds a run of other settings."""
+    """("new", "resume", "done" or "failed", why). Raises UserError if the folder holds a run of
+    other settings."""
     if not (folder / "config.json").exists():
-        return "new"
+        return "new", ""
     there = flat(read_json(folder / "config.json"))
     changed = [key for key in config if there.get(key) != config[key]]
     if changed:
@@ -196,7 +196,16 @@ def state_of(folder, config):
             f"{folder} was trained with {key}={there.get(key)}, and this sweep wants {config[key]}:"
             " the same name would mean two things. Give this sweep another --name, or remove the "
             "folder")
-    return "done" if is_finished(folder) else "resume"
+    if is_finished(folder):
+        return "done", ""
+    try:
+        summary = read_json(folder / "summary.json")
+    except UserError:  # killed before it was written
+        return "resume", ""
+    if summary.get("status") == "failed":
+        why = str(summary.get("error", "")).partition("\n")[0]
+        return "failed", f"failed before, and would again: {why}"
+    return "resume", ""
 
 
 def is_finished(folder):
@@ -225,51 +234,58 @@ class Sweep:
     def __init__(self, args, name, runs_dir, jobs, threads):
         self.args, self.name, self.runs_dir = args, name, runs_dir
         self.jobs, self.threads = jobs, threads
-        self.running = {}  # point's run id: (point, process, time of its start)
+        self.running = {}  # point's run id: (point, process, time of its start, log)
         self.seconds, self.count, self.total = [], 0, 0
+        self.interrupts = 0
 
     def run(self, points):
         """Train all points. True if Ctrl-C (or SIGTERM) ended it before that."""
         waiting, self.total = deque(points), len(points)
-        # Also where a shell has put us in the background: ignored signals would be inherited.
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        # Only counted, so that no child can be begun and not yet noted. Set also where a shell has
+        # put us in the background, because ignored signals are inherited.
+        for kind in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(kind, self.note_interrupt)
         if points:
             print(self.line("run", "became", "best val", "step", "seconds", "eta"), flush=True)
-        try:
-            while waiting or self.running:
-                while waiting and len(self.running) < self.jobs:
-                    self.start(waiting.popleft())
-                time.sleep(0.05)
-                self.collect(len(waiting))
-        except KeyboardInterrupt:
+        while (waiting or self.running) and not self.interrupts:
+            while waiting and len(self.running) < self.jobs:
+                self.start(waiting.popleft())
+            time.sleep(0.05)
+            self.collect(len(waiting))
+        if self.running:
             self.stop()
-            return True
-        return False
+        for kind in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(kind, signal.default_int_handler)
+        return bool(self.interrupts)
+
+    def note_interrupt(self, kind, frame):
+        self.interrupts += 1
 
     def start(self, point):
         """Begin or resume one run; all that it prints goes to train.log in its folder."""
         folder = self.runs_dir / point.run_id
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "sweep.json", {"sweep": self.name, "settings": point.settings})
-        log = open(folder / "train.log", "a", encoding="utf-8")
-        with log:
-            if not lock(log):
-                self.finish(point, "busy", "another process is training it", 0, 0)
-                return
-            log.write(f"\n---- {datetime.now().isoformat(timespec='seconds')} {point.state}\n")
-            log.flush()
-            process = subprocess.Popen(
-                self.command(point), env=self.environment(), stdin=subprocess.DEVNULL, stdout=log,
-                stderr=subprocess.STDOUT, start_new_session=True)  # Ctrl-C reaches us alone
-        self.running[point.run_id] = (point, process, time.monotonic())
+        log = open(folder / "train.log", "a+", encoding="utf-8", errors="replace")
+        if not lock(log):
+            log.close()
+            self.finish(point, "busy", "another process is training it", 0, 0)
+            return
+        log.write(f"\n---- {datetime.now().isoformat(timespec='seconds')} {point.state}\n")
+        log.flush()
+        process = subprocess.Popen(
+            self.command(point), env=self.environment(), stdin=subprocess.DEVNULL, stdout=log,
+            stderr=subprocess.STDOUT, start_new_session=True)  # Ctrl-C reaches us alone
+        self.running[point.run_id] = (point, process, time.monotonic(), log)
 
     def command(self, point):
-        where = ["--runs-dir", str(self.runs_dir), "--run-id", point.run_id]
-        words = [sys.executable, "-m", "tp", "train", *where, "--config", self.args.config]
+        words = [sys.executable, "-m", "tp", "train", "--runs-dir", str(self.runs_dir)]
+        if point.state == "resume":
+            return [*words, "--resume", point.run_id]
+        words += ["--run-id", point.run_id, "--config", self.args.config]
         for setting in [*self.args.overrides, *point.overrides()]:
             words += ["--set", setting]
-        return words + (["--resume"] if point.state == "resume" else [])
+        return words
 
     def environment(self):
         """The threads, and where this very package lies, installed or not."""
@@ -280,17 +296,18 @@ class Sweep:
 
     def collect(self, waiting):
         """Note which runs have ended, and how."""
-        for point, process, begun in list(self.running.values()):
+        for point, process, begun, log in list(self.running.values()):
             if process.poll() is None:
                 continue
             del self.running[point.run_id]
-            seconds, folder = time.monotonic() - begun, self.runs_dir / point.run_id
-            if process.returncode == 0 and is_finished(folder):
+            seconds = time.monotonic() - begun
+            if process.returncode == 0 and is_finished(self.runs_dir / point.run_id):
                 self.seconds.append(seconds)
                 self.finish(point, "done", "", seconds, waiting)
             else:
-                self.finish(point, "failed", why_it_ended(process.returncode, folder / "train.log"),
-                            seconds, waiting)
+                why = why_it_ended(process.returncode, log)
+                self.finish(point, "failed", why, seconds, waiting)
+            log.close()
 
     def finish(self, point, state, why, seconds, waiting):
         self.count += 1
@@ -313,7 +330,7 @@ class Sweep:
         if not self.seconds:
             return "-"
         each, now = sum(self.seconds) / len(self.seconds), time.monotonic()
-        under_way = [max(0, each - (now - begun)) for _, _, begun in self.running.values()]
+        under_way = [max(0, each - (now - begun)) for _, _, begun, _ in self.running.values()]
         left = max([waiting * each / self.jobs + sum(under_way) / self.jobs, *under_way])
         return f"{left:.0f} s" if left < 100 else f"{left / 60:.0f} min"
 
@@ -321,22 +338,17 @@ class Sweep:
         """Tell all runs to save and end; end those that do not."""
         print(f"\nstopping: {len(self.running)} runs save their last checkpoint "
               "(Ctrl-C again: at once)", flush=True)
-        processes = [process for _, process, _ in self.running.values()]
-        try:
-            for process in processes:
-                send(process, signal.SIGINT)
-            deadline = time.monotonic() + PATIENCE
-            for process in processes:
-                process.wait(max(0.0, deadline - time.monotonic()))
-        except (subprocess.TimeoutExpired, KeyboardInterrupt):
-            pass
-        finally:
-            for process in processes:
-                if process.poll() is None:
+        processes = [process for _, process, _, _ in self.running.values()]
+        for process in processes:
+            send(process, signal.SIGINT)
+        deadline = time.monotonic() + PATIENCE
+        while any(process.poll() is None for process in processes):
+            if time.monotonic() > deadline or self.interrupts > 1:
+                for process in processes:
                     process.kill()
-                    process.wait()
-        for point, _, _ in self.running.values():
-            point.state = "stopped"
+            time.sleep(0.05)
+        for point, _, _, _ in self.running.values():
+            point.state = "done" if is_finished(self.runs_dir / point.run_id) else "stopped"
 
 
 def lock(log):
@@ -351,10 +363,10 @@ def lock(log):
     return True
 
 
-def send(process, number):
+def send(process, kind):
     """A signal to the child, unless it has just ended."""
     try:
-        process.send_signal(number if os.name == "posix" else signal.SIGTERM)
+        process.send_signal(kind if os.name == "posix" else signal.SIGTERM)
     except ProcessLookupError:
         pass
 
@@ -365,7 +377,8 @@ def why_it_ended(code, log):
         name = signal.Signals(-code).name
         hint = "; was there too little memory? try fewer --jobs" if name == "SIGKILL" else ""
         return f"killed by {name}{hint}"
-    lines = [line for line in Path(log).read_text("utf-8", "replace").splitlines() if line.strip()]
+    log.seek(0)
+    lines = [line.rstrip() for line in log if line.strip()]
     errors = [line for line in lines if line.startswith("error:")]
     return f"exit code {code}: {(errors or lines or ['it printed nothing'])[-1]}"
 
@@ -377,11 +390,11 @@ def announce(name, points, seeds, jobs, threads):
     """First line, and the combinations that are refused, once for all their seeds."""
     allowed = [point for point in points if point.reason is None]
     counts = {state: sum(point.state == state for point in allowed)
-              for state in ("done", "resume", "new")}
+              for state in ("done", "resume", "new", "failed")}
     print(f"tp sweep - cpu - {name} - {len(allowed)} runs: {len(allowed) // seeds} combinations x "
           f"{seeds} seeds - {jobs} at a time, {threads} thread{'s' * (threads > 1)} each")
-    print(f"{counts['done']} are finished, {counts['resume']} go on, {counts['new']} begin",
-          flush=True)
+    print(f"{counts['done']} are finished, {counts['resume']} go on, {counts['new']} begin"
+          + f", {counts['failed']} failed before" * bool(counts["failed"]), flush=True)
     refused = {}
     for point in points:
         if point.reason is not None:

@@ -2,7 +2,6 @@
 
 import difflib
 import json
-import os
 import re
 import shutil
 import textwrap
@@ -117,19 +116,22 @@ def find_run(runs_dir, run_id):
     if run_id in known:
         return Path(runs_dir) / run_id
     near = difflib.get_close_matches(run_id, known, n=1, cutoff=0.4)
-    hint = f"; did you mean {near[0]}?" if near else ""
+    hint = f" Did you mean {near[0]}?" if near else ""
     listed = "\n".join(f"  {name}" for name in known[-20:]) or "  (none)"
-    raise UserError(f"no run {run_id!r} in {runs_dir}{hint} The runs there are:\n{listed}"
-                    if near else f"no run {run_id!r} in {runs_dir}. The runs there are:\n{listed}")
+    raise UserError(f"there is no run {run_id!r} in {runs_dir}.{hint} Its runs are:\n{listed}")
 
 
-def write_text(path, text):
-    """Written under another name first: a reader sees the old file or the new one, never half."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def read_rows(path):
+    """The objects of a JSONL file; no file: []. A last line cut short by a crash is left out, a
+    damaged one before it raises UserError."""
     try:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        lines = Path(path).read_text(encoding="utf-8", errors="replace").split("\n")
+    except FileNotFoundError:
+        return []
+    rows = []
+    for number_of, line in enumerate(lines[:-1], 1):  # the line's end is written last
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise UserError(f"{path}, line {number_of} is damaged: {error}") from None
+    return [row for row in rows if isinstance(row, dict)]

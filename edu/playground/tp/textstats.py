@@ -199,7 +199,8 @@ def calibration(confidence, right, bins=10):
 
     confidence: (N,) probability of the likeliest token; right: (N,) whether it was the next one.
     Returns {"ece", "n", "bins": [{"low", "high", "n", "confidence", "accuracy", interval}, ...]}.
-    ECE is 0 for a model that knows what it does not know. Source: Guo et al. 2017, arXiv:1706.04599.
+    ECE is 0 for a model that knows what it does not know. Source: Guo et al. 2017,
+    arXiv:1706.04599.
     """
     confidence, right = np.asarray(confidence, dtype=float), np.asarray(right, dtype=bool)
     place = np.minimum((confidence * bins).astype(int), bins - 1)  # confidence 1 is in the last

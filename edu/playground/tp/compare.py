@@ -1,0 +1,112 @@
+"""tp compare: what sets runs apart, what came of it, and what they write, side by side."""
+
+import json
+
+from tp.errors import UserError
+from tp.runs import CHECKPOINTS, Run
+from tp.sample import add_sampling_arguments, generate, sampling_options
+from tp.tables import columns, differences, find_run, flat, number, read_json, table, visible
+
+# (what it is, its key in summary.json, digits)
+MEASURES = (
+    ("status", "status", 0),
+    ("parameters", "parameters", 0),
+    ("best val loss (nats/token)", "best_val_loss", 4),
+    ("  at step", "best_step", 0),
+    ("best val bits/byte", "best_val_bpb", 4),
+    ("last val loss", "final_val_loss", 4),
+    ("last train loss", "final_train_loss", 4),
+    ("last gap, val - train", "gap", 4),
+    ("bigram, val loss", "bigram", 4),
+    ("steps", "steps", 0),
+    ("seconds", "seconds", 1),
+    ("seconds to best", "seconds_to_best", 1),
+    ("tokens/s", "tokens_per_second", 0),
+)
+
+
+def add_arguments(parser):
+    parser.add_argument("--runs-dir", default="runs", metavar="DIR")
+    parser.add_argument("--run-ids", required=True, metavar="A,B", help="two runs, or more")
+    parser.add_argument("--checkpoint", default="best_val", choices=CHECKPOINTS)
+    add_sampling_arguments(parser)
+
+
+def main(args):
+    ids = list(dict.fromkeys(name.strip() for name in args.run_ids.split(",") if name.strip()))
+    if len(ids) < 2:
+        raise UserError(f"--run-ids {args.run_ids}: give two different runs or more, with commas "
+                        "between: --run-ids A,B")
+    runs = [Run(args.runs_dir, find_run(args.runs_dir, name).name) for name in ids]
+    print(f"tp compare - cpu - {len(runs)} runs of {args.runs_dir} - {args.checkpoint}\n")
+    print("\n".join(config_lines(runs)) + "\n")
+    print("\n".join(metric_lines(runs)) + "\n", flush=True)
+    for line in sample_lines(runs, args):
+        print(line)
+    print(f"next: tp plot-loss --runs-dir {args.runs_dir} --run-ids {','.join(ids)}")
+    return 0
+
+
+def config_lines(runs):
+    """The settings that differ, one to a row."""
+    configs = [flat(read_json(run.config_path)) for run in runs]
+    keys = differences(configs)
+    if not keys:
+        return ["their configs are the same"]
+    rows = [[key, *[visible(json.dumps(config.get(key, "-"))).strip('"') for config in configs]]
+            for key in keys]
+    same = len(set().union(*configs)) - len(keys)
+    return [*table(["setting", *[run.run_id for run in runs]], rows), f"{same} settings are equal"]
+
+
+def metric_lines(runs):
+    """summary.json of each, and what follows from it. A run without one is named."""
+    told = [summary_of(run) for run in runs]
+    rows = []
+    for name, key, digits in MEASURES:
+        cells = [number(summary.get(key), digits) for summary in told]
+        if any(cell != "-" for cell in cells):
+            rows.append([name, *cells])
+    lines = table(["", *[run.run_id for run in runs]], rows)
+    lines += [f"{run.run_id}: {summary['problem']}" for run, summary in zip(runs, told)
+              if "problem" in summary]
+    if len({(s.get("vocab_size"), s.get("bigram")) for s in told if "problem" not in s}) > 1:
+        lines.append("their tokenizers or phrases differ: losses per token do not compare; bits "
+                     "per byte do, on the same validation phrases")
+    return lines
+
+
+def summary_of(run):
+    """Its summary with gap, bigram and tokens_per_second added; {"problem": why} without one."""
+    try:
+        summary = read_json(run.summary_path)
+        speeds = [row.get("tokens_per_second") for row in run.load_metrics()]
+    except UserError as error:
+        return {"problem": str(error)}
+    speeds = sorted(speed for speed in speeds if speed is not None)
+    losses = [summary.get("final_val_loss"), summary.get("final_train_loss")]
+    return {**summary, "gap": None if None in losses else losses[0] - losses[1],
+            "bigram": (summary.get("ladder") or {}).get("bigram"),
+            "tokens_per_second": speeds[len(speeds) // 2] if speeds else None}
+
+
+def sample_lines(runs, args):
+    """Lines: the samples of all runs in columns, drawn with one seed from the same prompt.
+
+    Every run is sampled as the flags say, and where they are silent, as its own config does.
+    """
+    drawn, used = [], []
+    for run in runs:
+        try:
+            model, tokenizer, config, state = run.load_model(args.checkpoint)
+        except UserError as error:
+            drawn.append([f"({error})"])
+            continue
+        options = sampling_options(args, config)
+        used.append(", ".join(f"{key} {value!r}" for key, value in options.items()))
+        drawn.append([visible(text) or "(empty)" for text in generate(model, tokenizer, **options)])
+    for line in dict.fromkeys(used):
+        yield f"samples: {line}"
+    rows = [[texts[i] if i < len(texts) else "" for texts in drawn]
+            for i in range(max(map(len, drawn)))]
+    yield from columns([run.run_id for run in runs], rows)
