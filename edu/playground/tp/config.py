@@ -365,8 +365,8 @@ def describe_keys():
 # (is it so?, why it cannot be and what to do). `{m.x}` and `{t.x}` stand for model.x and train.x.
 RULES = (
     (lambda m, t: not m.attention_enabled and not m.mlp_enabled,
-     "attention and MLP are both off (model.attention_enabled, model.mlp_enabled): the blocks would "
-     "be empty, and what is left is a table of bigrams. Switch one of them on"),
+     "attention and MLP are both off (model.attention_enabled, model.mlp_enabled): the blocks "
+     "would be empty, and what is left is a table of bigrams. Switch one of them on"),
     (lambda m, t: not m.attention_enabled and m.positional_encoding in ("rope", "alibi"),
      "model.positional_encoding={m.positional_encoding} acts inside attention, and "
      "model.attention_enabled is false. Use learned, sinusoidal or none"),

@@ -1,8 +1,10 @@
-"""Writing files so that a crash leaves the old one or the new one, never half of one."""
+"""Writing files so that a crash leaves the old one or the new one; reading JSON back."""
 
 import json
 import os
 from pathlib import Path
+
+from tp.errors import UserError
 
 
 def write_bytes(path, content):
@@ -33,3 +35,35 @@ def write_lines(path, rows):
     """One JSON object per line."""
     lines = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
     write_bytes(path, "".join(lines).encode())
+
+
+def append_row(path, row):
+    """Add one line of JSON."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path):
+    """The content of a JSON file. Raises UserError."""
+    try:
+        return json.loads(Path(path).read_text("utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+
+
+def read_rows(path):
+    """The objects of a JSONL file; no file: []. A last line cut short by a crash is left out."""
+    path = Path(path)
+    if not path.exists():
+        return []
+    # Without its line end the last line is not whole: the end is written last.
+    lines = path.read_text("utf-8", errors="replace").split("\n")[:-1]
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise UserError(f"{path}, line {number} is damaged: {error}") from error
+    return rows

@@ -24,7 +24,8 @@ def sinusoidal_table(length, width):
     Source: Vaswani et al. 2017, section 3.5.
     """
     # angle[t, i] = t / 10000^(2i / C)
-    angle = torch.outer(torch.arange(length).float(), 10000.0 ** (-torch.arange(0, width, 2) / width))
+    rate = 10000.0 ** (-torch.arange(0, width, 2) / width)
+    angle = torch.outer(torch.arange(length).float(), rate)
     return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1)
 
 

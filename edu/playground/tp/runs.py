@@ -1,20 +1,19 @@
-"""The folder of a run: what stands where, and reading it back."""
+"""The folder of a run: what stands where, and reading it back.
+
+torch and sentencepiece are imported where weights are read or written: a command that only looks
+at metrics need not wait two seconds for them.
+"""
 
 import io
-import json
 import pickle
 import re
 import shutil
 import time
 from pathlib import Path
 
-import torch
-
 from tp.config import check, config_hash, from_dict, to_dict
 from tp.errors import UserError
-from tp.files import write_bytes, write_json, write_lines
-from tp.model import Transformer
-from tp.tokenizer import load_tokenizer
+from tp.files import read_json, read_rows, write_bytes, write_json, write_lines
 
 CHECKPOINTS = ("best_val", "last")
 
@@ -26,7 +25,7 @@ def list_runs(runs_dir):
 
 
 class Run:
-    """runs_dir/run_id: the paths of its files, and what they hold. The constructor reads nothing."""
+    """runs_dir/run_id: the paths of its files, and what they hold. Making one reads nothing."""
 
     def __init__(self, runs_dir, run_id):
         self.runs_dir, self.run_id = Path(runs_dir), run_id
@@ -46,26 +45,33 @@ class Run:
     def create(cls, runs_dir, config, run_id=None):
         """A new run with its folders and its config.json. Raises UserError if it is there already.
 
-        Without run_id: the time, and 6 digits that stand for config and seed.
+        Without run_id: the time, and 6 digits that stand for config and seed. The folder itself
+        may exist, with a sweep's notes in it; the folder of the checkpoints may not.
         """
         name = time.strftime("%Y%m%d-%H%M%S-") + config_hash(config, with_seed=True)[:6]
         run = cls(runs_dir, run_id or name)
         try:
-            run.folder.mkdir(parents=True)
+            run.folder.mkdir(parents=True, exist_ok=True)
+            run.checkpoint_path("last").parent.mkdir()  # of two processes, one gets it
         except FileExistsError as error:
             raise UserError(f"{run.folder} is there already, and no run is overwritten. Go on with "
                             f"it:\n  tp train --runs-dir {runs_dir} --resume {run.run_id}\n"
                             "or choose another --run-id") from error
         except OSError as error:
             raise UserError(f"cannot make the folder {run.folder}: {error.strerror}") from error
-        for name in ("checkpoints", "tokenizer", "reports"):
-            (run.folder / name).mkdir()
+        run.tokenizer_path.parent.mkdir()
+        run.reports.mkdir()
         write_json(run.config_path, to_dict(config))
         return run
 
     def remove(self):
-        """Take back a folder that create has just made."""
-        shutil.rmtree(self.folder)
+        """Take back what create has just made, and nothing else."""
+        for folder in (self.checkpoint_path("last").parent, self.tokenizer_path.parent,
+                       self.reports):
+            shutil.rmtree(folder)
+        self.config_path.unlink()
+        if not any(self.folder.iterdir()):
+            self.folder.rmdir()
 
     @classmethod
     def open(cls, runs_dir, run_id):
@@ -108,12 +114,16 @@ class Run:
 
     def save_checkpoint(self, checkpoint, state):
         """Tensors and plain values only, so that no pickle need be executed to read them."""
+        import torch
+
         buffer = io.BytesIO()
         torch.save(state, buffer)
         write_bytes(self.checkpoint_path(checkpoint), buffer.getvalue())
 
     def load_checkpoint(self, checkpoint):
         """The dictionary that save_checkpoint was given. Raises UserError."""
+        import torch
+
         path = self.checkpoint_path(checkpoint)
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -130,6 +140,9 @@ class Run:
 
         Raises UserError, also where the tokenizer is not the one that the weights belong to.
         """
+        from tp.model import Transformer
+        from tp.tokenizer import load_tokenizer
+
         state, config = self.load_checkpoint(checkpoint), self.load_config()
         tokenizer = load_tokenizer(self.tokenizer_path)
         if state["tokenizer_sha256"] != tokenizer.sha256:
@@ -145,35 +158,3 @@ class Run:
                             f"{self.config_path}; was one of them edited?\n"
                             f"  {str(error).splitlines()[-1].strip()}") from error
         return model.eval(), tokenizer, config, state
-
-
-def append_row(path, row):
-    """Add one line of JSON."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def read_json(path):
-    """The content of a JSON file. Raises UserError."""
-    try:
-        return json.loads(Path(path).read_text("utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: {error}") from error
-
-
-def read_rows(path):
-    """The objects of a JSONL file; no file: []. A last line cut short by a crash is left out."""
-    path = Path(path)
-    if not path.exists():
-        return []
-    # Without its line end the last line is not whole: the end is written last.
-    lines = path.read_text("utf-8", errors="replace").split("\n")[:-1]
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            raise UserError(f"{path}, line {number} is damaged: {error}") from error
-    return rows

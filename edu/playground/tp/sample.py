@@ -37,12 +37,12 @@ def pick(logits, temperature, top_k, top_p, generator):
 
 
 @torch.no_grad()
-def generate(model, tokenizer, prompt=None, n_samples=1, max_new_tokens=24, temperature=0.8,
-             top_k=None, top_p=1.0, seed=1337):
-    """n_samples texts that begin with the prompt (None: with anything), each up to its EOS.
+def generate_ids(model, tokenizer, prompt=None, n_samples=1, max_new_tokens=24, temperature=0.8,
+                 top_k=None, top_p=1.0, seed=1337):
+    """n_samples id lists [BOS, prompt, new tokens], the last one EOS where the text has ended.
 
     All rows are decoded together, and leave the batch when they end. A text longer than
-    block_size goes on with the last block_size tokens in sight. The same seed gives the same texts.
+    block_size goes on with the last block_size tokens in sight. The same seed gives the same ids.
     Each new token costs a pass over the whole text, as nothing is cached. Raises UserError.
     """
     check_sampling(n_samples, max_new_tokens, temperature, top_k, top_p)
@@ -66,7 +66,12 @@ def generate(model, tokenizer, prompt=None, n_samples=1, max_new_tokens=24, temp
     for i, row in zip(rows.tolist(), ids.tolist()):
         done[i] = row
     model.train(was_training)
-    return [tokenizer.decode(row) for row in done]
+    return done
+
+
+def generate(model, tokenizer, prompt=None, **options):
+    """The texts of generate_ids, which takes the same arguments, each with its prompt."""
+    return [tokenizer.decode(row) for row in generate_ids(model, tokenizer, prompt, **options)]
 
 
 def check_sampling(n_samples, max_new_tokens, temperature, top_k, top_p):

@@ -19,15 +19,21 @@ import sentencepiece
 import torch
 from tqdm import tqdm
 
-from tp.config import (apply_overrides, check, config_hash, describe_keys, flatten, load_config,
-                       to_dict)
-from tp.data import (IGNORED, batches_of_epoch, collate, count_bytes, fingerprint, ladder,
-                     load_split, ordered_batches, to_rows)
+from tp import data
+from tp.config import (
+    apply_overrides,
+    check,
+    config_hash,
+    describe_keys,
+    flatten,
+    load_config,
+    to_dict,
+)
 from tp.errors import UserError
-from tp.files import write_json
+from tp.files import append_row, write_json
 from tp.model import Transformer
 from tp.optim import lr_factor, make_optimizers, set_lr
-from tp.runs import Run, append_row
+from tp.runs import Run
 from tp.sample import generate
 from tp.tokenizer import load_tokenizer, train_tokenizer
 
@@ -57,23 +63,30 @@ class Session:
 
     def __init__(self, run, config):
         self.run, self.config, self.progress = run, config, Progress()
-        train, val = load_split(config.data)
+        train, val = data.load_split(config.data)
         self.phrases = {"train": len(train), "val": len(val)}
-        self.data_sha256 = fingerprint(train + val)
+        self.data_sha256 = data.fingerprint(train + val)
         self.tokenizer = (load_tokenizer(run.tokenizer_path) if run.tokenizer_path.exists() else
                           train_tokenizer(train, run.tokenizer_path, config.tokenizer))
         T = config.model.block_size
-        self.rows, val_rows = (to_rows(part, self.tokenizer, T) for part in (train, val))
-        self.ladder = ladder(self.rows, val_rows, self.tokenizer.vocab_size)
-        self.val_batches = ordered_batches(val_rows)
-        self.val_bytes = count_bytes(val)
+        self.rows, val_rows = (data.to_rows(part, self.tokenizer, T) for part in (train, val))
+        self.ladder = data.ladder(self.rows, val_rows, self.tokenizer.vocab_size)
+        self.val_batches = data.ordered_batches(val_rows)
+        self.val_bytes = data.count_bytes(val)
         # As many training phrases, always the same: two losses that compare.
         sample = random.Random(config.data.split_seed).sample(train, min(len(val), len(train)))
-        self.train_batches = ordered_batches(to_rows(sample, self.tokenizer, T))
+        self.train_batches = data.ordered_batches(data.to_rows(sample, self.tokenizer, T))
         torch.manual_seed(config.seed)  # for the weights, and from there on for dropout
         self.model = Transformer(config.model, self.tokenizer.vocab_size)
         self.optimizers = make_optimizers(self.model, config.train)
-        self.clock = time.perf_counter()  # since the newest row
+        self.clock, self.tokens_then = time.perf_counter(), 0  # at the newest row
+
+    def tick(self):
+        """Seconds since the last tick; they are added to the run's."""
+        now = time.perf_counter()
+        passed, self.clock = now - self.clock, now
+        self.progress.seconds += passed
+        return passed
 
     def state(self):
         """What best_val.pt holds: enough to generate and evaluate."""
@@ -113,7 +126,8 @@ class Session:
             "train_phrases": self.phrases["train"], "val_phrases": self.phrases["val"],
             "seconds": round(p.seconds, 2), "seconds_to_best": p.seconds_to_best,
             "ladder": self.ladder, "versions": versions(),
-            "config_hash": config_hash(self.config), "seed": self.config.seed, **more}
+            "config_hash": config_hash(self.config), "data_hash": self.data_sha256[:12],
+            "val_bytes": self.val_bytes, "seed": self.config.seed, **more}
         write_json(self.run.summary_path, summary)
         return summary
 
@@ -135,7 +149,7 @@ def evaluate(model, batches):
     nats = tokens = 0
     for inputs, targets in batches:
         nats += model(inputs, targets, reduction="sum").item()
-        tokens += (targets != IGNORED).sum().item()
+        tokens += (targets != data.IGNORED).sum().item()
     model.train(was_training)
     return nats, tokens
 
@@ -143,20 +157,19 @@ def evaluate(model, batches):
 def report(session):
     """Evaluate, print and append a row, draw samples, save the checkpoints."""
     s, p = session, session.progress
-    learning = time.perf_counter() - s.clock  # before this evaluation
-    since = s.run.load_metrics()[-1]["tokens"] if p.reported >= 0 else 0
+    learning, tokens_learned = s.tick(), p.tokens - s.tokens_then
     nats, tokens = evaluate(s.model, s.train_batches)
     p.train_loss = nats / tokens
     nats, tokens = evaluate(s.model, s.val_batches)
     p.val_loss = require_finite(nats / tokens, "the validation loss", s)
     # bits per byte = nats / (ln 2 * bytes): comparable between tokenizers, as losses are not
     bpb = nats / (math.log(2) * s.val_bytes)
-    p.seconds += time.perf_counter() - s.clock
-    s.clock, p.reported = time.perf_counter(), p.step
+    s.tick()
+    p.reported, s.tokens_then = p.step, p.tokens
     row = {"step": p.step, "epoch": p.step / batches_per_epoch(s), "train_loss": p.train_loss,
            "val_loss": p.val_loss, "val_bpb": bpb, "lr": current_lr(s),
            "grad_norm": p.grad_norm, "tokens": p.tokens, "seconds": round(p.seconds, 3),
-           "tokens_per_second": round((p.tokens - since) / learning) if p.step else None}
+           "tokens_per_second": round(tokens_learned / learning) if tokens_learned else None}
     append_row(s.run.metrics_path, row)
     print_row(row)
     draw_samples(s)
@@ -169,11 +182,10 @@ def report(session):
 
 def draw_samples(session):
     """A few texts into samples.jsonl, with the same random numbers each time, to compare."""
-    o = session.config.sample
-    for text in generate(session.model, session.tokenizer, o.prompt, o.n_samples, o.max_new_tokens,
-                         o.temperature, o.top_k, o.top_p, session.config.seed):
-        append_row(session.run.samples_path,
-                   {"step": session.progress.step, "prompt": o.prompt, "text": text})
+    options = vars(session.config.sample)
+    for text in generate(session.model, session.tokenizer, seed=session.config.seed, **options):
+        append_row(session.run.samples_path, {"step": session.progress.step,
+                                              "prompt": options["prompt"], "text": text})
 
 
 def print_row(row):
@@ -200,7 +212,7 @@ def learn(session, inputs, targets):
     for optimizer in s.optimizers:
         optimizer.step()
     p.step += 1
-    p.tokens += int((targets != IGNORED).sum())
+    p.tokens += int((targets != data.IGNORED).sum())
 
 
 def require_finite(value, what, session):
@@ -235,31 +247,35 @@ def batches_from(session, step):
     """(inputs, targets) for step, step + 1, ..., without end."""
     while True:
         epoch, first = divmod(step, batches_per_epoch(session))
-        order = batches_of_epoch(session.rows, session.config.train.batch_size,
-                                 session.config.seed, epoch)
+        order = data.batches_of_epoch(session.rows, session.config.train.batch_size,
+                                      session.config.seed, epoch)
         for chosen in order[first:]:
-            yield collate([session.rows[i] for i in chosen])
+            yield data.collate([session.rows[i] for i in chosen])
             step += 1
 
 
 @contextlib.contextmanager
 def ctrl_c_waits():
-    """Within it Ctrl-C only sets the yielded event: no step is cut in two. A second one is as ever.
+    """Within it Ctrl-C only sets the yielded event, so that no step is cut in two.
+
+    A second one interrupts at once. SIGTERM, which ends a background job, counts as Ctrl-C.
     """
     asked = threading.Event()
 
-    def on_ctrl_c(number, frame):
+    def on_signal(number, frame):
         asked.set()
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     if threading.current_thread() is not threading.main_thread():
         yield asked  # only the main thread may have a handler
         return
-    before = signal.signal(signal.SIGINT, on_ctrl_c)
+    before = {number: signal.signal(number, on_signal)
+              for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield asked
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def out_of_patience(session):
@@ -272,7 +288,7 @@ def loop(session):
     """Evaluate and learn in turns until the end; returns "done" or "stopped"."""
     s, p, t = session, session.progress, session.config.train
     s.model.train()
-    s.clock = time.perf_counter()
+    s.clock, s.tokens_then = time.perf_counter(), p.tokens
     batches = batches_from(s, p.step)
     with ctrl_c_waits() as asked, tqdm(total=t.steps, initial=p.step, unit="step", leave=False,
                                        disable=None) as bar:
@@ -284,6 +300,7 @@ def loop(session):
             if p.step == t.steps or out_of_patience(s):
                 return "done"
             if asked.is_set():
+                s.tick()
                 s.save()
                 return "stopped"
             # 3. learn
@@ -297,11 +314,23 @@ def loop(session):
 def train(config, runs_dir="runs", run_id=None, resume=False):
     """Train, write runs_dir/run_id/, print the progress; returns the summary (see Session).
 
-    resume: go on with run_id; config may then be None, and if given must be the run's own.
+    resume: go on with run_id; config may then be None, and if given must be the run's own. A run
+    that is finished stays as it is.
     Raises UserError for settings that make no sense, data out of reach, an existing run_id, and a
     loss that is no longer finite; KeyboardInterrupt, after saving, for Ctrl-C.
     """
-    session = reopen(config, runs_dir, run_id) if resume else begin(config, runs_dir, run_id)
+    if resume:
+        run = reopen(config, runs_dir, run_id)
+        summary = run.load_summary() if run.summary_path.exists() else {"status": "killed"}
+        if summary["status"] == "done":
+            print(f"run {run_id} is finished: {summary['steps']} steps, best validation loss "
+                  f"{summary['best_val_loss']:.4f} at step {summary['best_step']}\n"
+                  f"next: tp generate --runs-dir {runs_dir} --run-id {run_id}")
+            return summary
+        session = Session(run, run.load_config())
+        session.restore()
+    else:
+        session = begin(config, runs_dir, run_id)
     announce(session)
     session.write_summary("running")
     try:
@@ -324,7 +353,7 @@ def train(config, runs_dir="runs", run_id=None, resume=False):
 def begin(config, runs_dir, run_id):
     """The Session of a new run; what cannot begin leaves no folder behind."""
     check(config)
-    load_split(config.data)  # before the folder is made
+    data.load_split(config.data)  # before the folder is made
     run = Run.create(runs_dir, config, run_id)
     try:
         return Session(run, config)
@@ -334,7 +363,7 @@ def begin(config, runs_dir, run_id):
 
 
 def reopen(config, runs_dir, run_id):
-    """The Session of a run that was stopped or killed, as it was then. Raises UserError."""
+    """The Run to go on with. Raises UserError for other settings and for a run that failed."""
     run = Run.open(runs_dir, run_id)
     own = run.load_config()
     if config is not None and config != own:
@@ -343,16 +372,9 @@ def reopen(config, runs_dir, run_id):
         raise UserError(f"run {run_id} was made with other settings, and a run with two is neither:"
                         "\n  " + "\n  ".join(changes) + "\n  Resume it without --config and --set,"
                         " or start a new run")
-    status = run.load_summary() if run.summary_path.exists() else {"status": "running"}
-    if status["status"] == "done":
-        raise UserError(f"run {run_id} is finished ({status['steps']} steps, best validation loss "
-                        f"{status['best_val_loss']:.4f}): there is nothing to resume\n"
-                        f"  tp generate --runs-dir {runs_dir} --run-id {run_id}")
-    if status["status"] == "failed":
-        raise UserError(f"run {run_id} failed, and would again: {status['error']}")
-    session = Session(run, own)
-    session.restore()
-    return session
+    if run.summary_path.exists() and run.load_summary()["status"] == "failed":
+        raise UserError(f"run {run_id} failed, and would again: {run.load_summary()['error']}")
+    return run
 
 
 def announce(session):
