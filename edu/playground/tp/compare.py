@@ -5,7 +5,7 @@ import json
 from tp.errors import UserError
 from tp.runs import CHECKPOINTS, Run
 from tp.sample import add_sampling_arguments, generate, sampling_options
-from tp.tables import columns, differences, find_run, flat, number, read_json, table, visible
+from tp.tables import columns, differences, find_run, flat, number, read_object, table, visible
 
 # (what it is, its key in summary.json, digits)
 MEASURES = (
@@ -39,36 +39,46 @@ def main(args):
                         "between: --run-ids A,B")
     runs = [Run(args.runs_dir, find_run(args.runs_dir, name).name) for name in ids]
     print(f"tp compare - cpu - {len(runs)} runs of {args.runs_dir} - {args.checkpoint}\n")
-    print("\n".join(config_lines(runs)) + "\n")
-    print("\n".join(metric_lines(runs)) + "\n", flush=True)
-    for line in sample_lines(runs, args):
+    names = short_labels(ids)
+    if names != ids:
+        print("\n".join(f"{name} = {run_id}" for name, run_id in zip(names, ids)) + "\n")
+    print("\n".join(config_lines(runs, names)) + "\n")
+    print("\n".join(metric_lines(runs, names)) + "\n", flush=True)
+    for line in sample_lines(runs, names, args):
         print(line)
     print(f"next: tp plot-loss --runs-dir {args.runs_dir} --run-ids {','.join(ids)}")
     return 0
 
 
-def config_lines(runs):
+def short_labels(ids):
+    """The run ids, or A, B, C, ... if they would make the tables wider than a page."""
+    if max(map(len, ids)) <= 24:
+        return ids
+    return [chr(ord("A") + i) if i < 26 else f"run {i + 1}" for i in range(len(ids))]
+
+
+def config_lines(runs, names):
     """The settings that differ, one to a row."""
-    configs = [flat(read_json(run.config_path)) for run in runs]
+    configs = [flat(read_object(run.config_path)) for run in runs]
     keys = differences(configs)
     if not keys:
         return ["their configs are the same"]
     rows = [[key, *[visible(json.dumps(config.get(key, "-"))).strip('"') for config in configs]]
             for key in keys]
     same = len(set().union(*configs)) - len(keys)
-    return [*table(["setting", *[run.run_id for run in runs]], rows), f"{same} settings are equal"]
+    return [*table(["setting", *names], rows), f"{same} settings are equal"]
 
 
-def metric_lines(runs):
+def metric_lines(runs, names):
     """summary.json of each, and what follows from it. A run without one is named."""
     told = [summary_of(run) for run in runs]
     rows = []
-    for name, key, digits in MEASURES:
+    for measure, key, digits in MEASURES:
         cells = [number(summary.get(key), digits) for summary in told]
         if any(cell != "-" for cell in cells):
-            rows.append([name, *cells])
-    lines = table(["", *[run.run_id for run in runs]], rows)
-    lines += [f"{run.run_id}: {summary['problem']}" for run, summary in zip(runs, told)
+            rows.append([measure, *cells])
+    lines = table(["result", *names], rows)
+    lines += [f"{name}: {summary['problem']}" for name, summary in zip(names, told)
               if "problem" in summary]
     if len({(s.get("vocab_size"), s.get("bigram")) for s in told if "problem" not in s}) > 1:
         lines.append("their tokenizers or phrases differ: losses per token do not compare; bits "
@@ -79,7 +89,7 @@ def metric_lines(runs):
 def summary_of(run):
     """Its summary with gap, bigram and tokens_per_second added; {"problem": why} without one."""
     try:
-        summary = read_json(run.summary_path)
+        summary = read_object(run.summary_path)
         speeds = [row.get("tokens_per_second") for row in run.load_metrics()]
     except UserError as error:
         return {"problem": str(error)}
@@ -90,23 +100,25 @@ def summary_of(run):
             "tokens_per_second": speeds[len(speeds) // 2] if speeds else None}
 
 
-def sample_lines(runs, args):
-    """Lines: the samples of all runs in columns, drawn with one seed from the same prompt.
+def sample_lines(runs, names, args):
+    """Lines: the samples of all runs in columns.
 
-    Every run is sampled as the flags say, and where they are silent, as its own config does.
+    Every run is sampled as the flags say, and where they are silent, as its own config does; but
+    with one seed for all, the first run's, so that chance is no difference between them.
     """
-    drawn, used = [], []
+    drawn, used, seed = [], [], args.seed
     for run in runs:
         try:
             model, tokenizer, config, state = run.load_model(args.checkpoint)
         except UserError as error:
             drawn.append([f"({error})"])
             continue
-        options = sampling_options(args, config)
+        seed = config.seed if seed is None else seed
+        options = {**sampling_options(args, config), "seed": seed}
         used.append(", ".join(f"{key} {value!r}" for key, value in options.items()))
         drawn.append([visible(text) or "(empty)" for text in generate(model, tokenizer, **options)])
     for line in dict.fromkeys(used):
         yield f"samples: {line}"
     rows = [[texts[i] if i < len(texts) else "" for texts in drawn]
             for i in range(max(map(len, drawn)))]
-    yield from columns([run.run_id for run in runs], rows)
+    yield from columns(names, rows)

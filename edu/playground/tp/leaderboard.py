@@ -21,7 +21,7 @@ from tp.tables import (
     differences,
     flat,
     number,
-    read_json,
+    read_object,
     run_ids,
     short_names,
     table,
@@ -82,17 +82,17 @@ def survey(runs_dir, sweep=None):
 def sweep_of(folder):
     """Name of the sweep that began the run in this folder; None if it was begun alone."""
     try:
-        return read_json(Path(folder) / "sweep.json").get("sweep")
+        return read_object(Path(folder) / "sweep.json").get("sweep")
     except UserError:
         return None
 
 
 def read_run(folder):
     """One finished run. Raises UserError with the reason why it cannot be ranked."""
-    config = flat(read_json(folder / "config.json"))
+    config = flat(read_object(folder / "config.json"))
     if not (folder / "summary.json").exists():
         raise UserError("unfinished: it has no summary.json yet")
-    summary = read_json(folder / "summary.json")
+    summary = read_object(folder / "summary.json")
     status = summary.get("status")
     if status != "done":
         why = summary.get("error") or summary.get("reason")
@@ -276,8 +276,8 @@ def print_board(board):
             number(group["parameters"]), number(group["best_step"], 0),
             number(group["seconds"], 1)])
     print("\n".join(table(header, rows)))
-    print(f"{board['by']} in {UNITS[board['by']]}, less is better. "
-          f"{verdict(groups, UNITS[board['by']])}.")
+    print(f"{board['by']} in {UNITS[board['by']]}, less is better; the other columns are means")
+    print(verdict(groups, UNITS[board["by"]]))
 
 
 def as_rows(boards):

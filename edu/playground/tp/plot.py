@@ -11,8 +11,8 @@ import math
 from pathlib import Path
 
 from tp.errors import UserError
-from tp.files import write_bytes
-from tp.tables import find_run, read_json, read_rows
+from tp.files import read_rows, write_bytes
+from tp.tables import find_run, read_object
 
 WIDTH, PLOT_HEIGHT, LEFT, RIGHT, BOTTOM = 760, 340, 64, 24, 52
 MOST_RUNS = 8  # more lines than that nobody can tell apart
@@ -86,7 +86,7 @@ def read_curves(folder, log_y):
 def ladder_of(folder):
     """[("bigram", nats per token), ...] of the run's summary; [] without one."""
     try:
-        ladder = read_json(folder / "summary.json").get("ladder") or {}
+        ladder = read_object(folder / "summary.json").get("ladder") or {}
     except UserError:
         return []
     return [(name, loss) for name, loss in ladder.items() if is_number(loss)]

@@ -202,7 +202,10 @@ def print_report(report):
 
 
 def loss_lines(losses, since):
-    rows = [[name, number(nats), "", ""] for name, nats in losses["ladder"].items()]
+    val = losses["val"]
+    per_nat = val["bpb"] / val["loss"]  # the ladder stands on the same tokens and bytes
+    rows = [[name, number(nats), number(nats * per_nat), number(val["tokens"])]
+            for name, nats in losses["ladder"].items()]
     rows += [[name, number(losses[key]["loss"]), number(losses[key]["bpb"]),
               number(losses[key]["tokens"])]
              for name, key in (("validation", "val"), ("train", "train"))]
@@ -233,7 +236,7 @@ def sample_lines(report):
     rows = [[name, *cell(mine[key]), cell(theirs[key], interval=False)] for name, key in names]
     rows.append(["ended by themselves", *cell(mine["ended"]), ""])
     copied = [number(part["median_copied_share"], 3) for part in (mine, theirs)]
-    rows.append(["longest copy, of a text", copied[0], "", n, copied[1]])
+    rows.append(["longest copy / text, median", copied[0], "", n, copied[1]])
     lines = table(["samples", "share", "95% interval", "n", "validation phrases"], rows)
     longest, words = mine["longest_copy"], mine["longest_copy_words"]
     lines.append(f"longest copy: {longest['characters']} of {longest['of']} characters "
@@ -242,6 +245,9 @@ def sample_lines(report):
     if mine["duplicates"]["times"] > 1:
         lines.append(f"most repeated, {mine['duplicates']['times']} times: "
                      f"{visible(mine['duplicates']['most_repeated'])!r}")
+    if report["sampling"]["prompt"]:
+        lines.append("the prompt is part of every sample: what it adds to copies and repeated "
+                     "words is not the model's doing")
     if n < 50:
         lines.append(f"{n} samples tell little: --n-samples 200 narrows the intervals")
     return lines
@@ -266,8 +272,8 @@ def calibration_lines(losses):
     measured = losses["calibration"]
     rows = [[f"{row['low']:.1f} to {row['high']:.1f}", number(row["n"]),
              number(row["confidence"], 3), number(row["accuracy"], 3),
-             f"{row['accuracy_low']:.3f}..{row['accuracy_high']:.3f}" if row["n"] else ""]
-            for row in measured["bins"]]
+             f"{row['accuracy_low']:.3f}..{row['accuracy_high']:.3f}"]
+            for row in measured["bins"] if row["n"]]
     lines = table(["confidence", "tokens", "mean", "right", "95% interval"], rows)
     return [*lines, f"calibration on validation: ECE {measured['ece']:.4f} (0: right as often as "
             f"it is confident), negative log-likelihood {losses['val']['loss']:.4f} nats/token, "

@@ -8,6 +8,7 @@ A run's id is made of the sweep's name and its place in the grid. So the same co
 finds what it began: finished runs stay, half-done ones go on from their last checkpoint.
 """
 
+import contextlib
 import csv
 import hashlib
 import itertools
@@ -27,7 +28,7 @@ from tp.config import apply_overrides, check, flatten, load_config
 from tp.errors import UserError
 from tp.files import write_json
 from tp.leaderboard import UNITS, read_run, show
-from tp.tables import flat, number, read_json, short_names, table, visible
+from tp.tables import flat, number, read_object, short_names, table, visible
 
 try:
     import fcntl
@@ -188,7 +189,7 @@ def state_of(folder, config):
     other settings."""
     if not (folder / "config.json").exists():
         return "new", ""
-    there = flat(read_json(folder / "config.json"))
+    there = flat(read_object(folder / "config.json"))
     changed = [key for key in config if there.get(key) != config[key]]
     if changed:
         key = changed[0]
@@ -199,7 +200,7 @@ def state_of(folder, config):
     if is_finished(folder):
         return "done", ""
     try:
-        summary = read_json(folder / "summary.json")
+        summary = read_object(folder / "summary.json")
     except UserError:  # killed before it was written
         return "resume", ""
     if summary.get("status") == "failed":
@@ -266,6 +267,8 @@ class Sweep:
         folder = self.runs_dir / point.run_id
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "sweep.json", {"sweep": self.name, "settings": point.settings})
+        if not (folder / "config.json").exists():
+            remove_empty(folder)
         log = open(folder / "train.log", "a+", encoding="utf-8", errors="replace")
         if not lock(log):
             log.close()
@@ -363,12 +366,18 @@ def lock(log):
     return True
 
 
+def remove_empty(folder):
+    """Take away the empty folders of a run that was killed before it wrote its config.json: tp
+    train would take them for a run that is under way."""
+    for name in ("checkpoints", "tokenizer", "reports"):
+        with contextlib.suppress(OSError):  # not there, or not empty
+            (folder / name).rmdir()
+
+
 def send(process, kind):
     """A signal to the child, unless it has just ended."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         process.send_signal(kind if os.name == "posix" else signal.SIGTERM)
-    except ProcessLookupError:
-        pass
 
 
 def why_it_ended(code, log):

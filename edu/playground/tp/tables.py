@@ -1,13 +1,13 @@
 """What the commands print in rows, and what they read of run folders: no model and no torch."""
 
 import difflib
-import json
 import re
 import shutil
 import textwrap
 from pathlib import Path
 
 from tp.errors import UserError
+from tp.files import read_json
 
 NUMBER = re.compile(r"[-+]?[\d.,]+(e[-+]?\d+)?%?( \(.*\))?|-|nan|inf|-inf|", re.IGNORECASE)
 
@@ -87,14 +87,9 @@ def differences(configs):
 # ---- run folders ---------------------------------------------------------------------------------
 
 
-def read_json(path):
-    """The object in a JSON file. Raises UserError, naming the file, if it is no such thing."""
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror})") from None
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: {error}") from None
+def read_object(path):
+    """The dictionary in a JSON file. Raises UserError, naming the file, if it is no such thing."""
+    content = read_json(path)
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no JSON object")
     return content
@@ -115,23 +110,7 @@ def find_run(runs_dir, run_id):
     known = run_ids(runs_dir)
     if run_id in known:
         return Path(runs_dir) / run_id
-    near = difflib.get_close_matches(run_id, known, n=1, cutoff=0.4)
+    near = difflib.get_close_matches(run_id, known, n=1, cutoff=0)
     hint = f" Did you mean {near[0]}?" if near else ""
     listed = "\n".join(f"  {name}" for name in known[-20:]) or "  (none)"
     raise UserError(f"there is no run {run_id!r} in {runs_dir}.{hint} Its runs are:\n{listed}")
-
-
-def read_rows(path):
-    """The objects of a JSONL file; no file: []. A last line cut short by a crash is left out, a
-    damaged one before it raises UserError."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8", errors="replace").split("\n")
-    except FileNotFoundError:
-        return []
-    rows = []
-    for number_of, line in enumerate(lines[:-1], 1):  # the line's end is written last
-        try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            raise UserError(f"{path}, line {number_of} is damaged: {error}") from None
-    return [row for row in rows if isinstance(row, dict)]

@@ -41,11 +41,16 @@ def clustered_share(hits, totals, draws=2000, seed=0):
     """The same for sum(hits) / sum(totals), where what comes from one text hangs together.
 
     hits, totals: one count per text. The interval is the bootstrap's: whole texts are drawn again
-    with replacement, because n-grams that overlap are no independent draws. Source: Efron 1979.
+    with replacement, because n-grams that overlap are no independent draws. Where all or none are
+    hits, every such draw looks the same, and the interval is that of as many shares as there are
+    texts. Source: Efron 1979.
     """
     hits, totals = np.asarray(hits, dtype=float), np.asarray(totals, dtype=float)
     if not totals.sum():
         return share(0, 0)
+    if hits.sum() in (0, totals.sum()):
+        texts = int((totals > 0).sum())
+        return {**share(texts if hits.sum() else 0, texts), "n": int(totals.sum())}
     rows = np.random.default_rng(seed).integers(len(totals), size=(draws, len(totals)))
     below = totals[rows].sum(axis=1)
     means = hits[rows].sum(axis=1)[below > 0] / below[below > 0]
