@@ -160,11 +160,12 @@ def nice_ticks(low, high, count=5):
 
 
 def log_ticks(low, high):
-    """Numbers that enclose low..high on a log scale: 1, 2, 5, 10, ...; powers of ten if many."""
+    """Numbers that enclose low..high on a log scale: 1, 2, 5, 10, ...; all of 1 to 10 for a narrow
+    range, powers of ten for a wide one."""
     if not low < high:
         low, high = low / 2, high * 2
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-    steps = (1, 2, 5) if last - first <= 4 else (1,)
+    steps = range(1, 10) if high < 6 * low else (1, 2, 5) if last - first <= 4 else (1,)
     ticks = [float(f"{m}e{k}") for k in range(first - 1, last + 2) for m in steps]
     begin = max(i for i, tick in enumerate(ticks) if tick <= low * (1 + 1e-9))
     end = min(i for i, tick in enumerate(ticks) if tick >= high * (1 - 1e-9))
@@ -303,12 +304,13 @@ def draw_legend(run, i, count):
     said = "best {1:.4f} at step {0:g}".format(*best) if best else "no validation loss"
     entries = [("val", f"validation: {said}", 0), ("train", "train", 1)]
     if count > 1:
-        entries = [("val", f"{run['run_id']}: {said}", i)]
-        if i == 0:
-            entries.append(("train", "dashed: train", i))
+        name = run["run_id"] if len(run["run_id"]) <= 64 else run["run_id"][:61] + "..."
+        entries = [("val", f"{name}: {said}", i)]
     lines, left = [], LEFT
     for kind, text, colour in entries:
         lines.append(f'<path class="line {kind} c{colour}" d="M{left} {height - 4}h26"/>')
         lines.append(words(left + 34, height, text))
         left = WIDTH - RIGHT - 130
+    if count > 1 and i == 0:
+        lines.append(words(WIDTH - RIGHT, 26, "dashed: train", "faint", "end"))
     return lines

@@ -400,8 +400,9 @@ def announce(name, points, seeds, jobs, threads):
     allowed = [point for point in points if point.reason is None]
     counts = {state: sum(point.state == state for point in allowed)
               for state in ("done", "resume", "new", "failed")}
-    print(f"tp sweep - cpu - {name} - {len(allowed)} runs: {len(allowed) // seeds} combinations x "
-          f"{seeds} seeds - {jobs} at a time, {threads} thread{'s' * (threads > 1)} each")
+    print(f"tp sweep - cpu - {name} - {len(allowed)} runs: {len(allowed) // seeds} combination"
+          f"{'s' * (len(allowed) != seeds)} x {seeds} seed{'s' * (seeds > 1)} - {jobs} at a time, "
+          f"{threads} thread{'s' * (threads > 1)} each")
     print(f"{counts['done']} are finished, {counts['resume']} go on, {counts['new']} begin"
           + f", {counts['failed']} failed before" * bool(counts["failed"]), flush=True)
     refused = {}
@@ -417,9 +418,9 @@ def announce(name, points, seeds, jobs, threads):
 def conclude(sweep, points, stopped, by):
     """The leaderboard, what is missing from it, and the exit code."""
     missing = [point for point in points if point.state != "done"]
-    print()
     boards = []
     if len(missing) < len(points):
+        print()
         boards = show(sweep.runs_dir, sweep.name, by)
     broken = [point for point in missing if point.state in ("failed", "busy")]
     if broken:
