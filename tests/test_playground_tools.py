@@ -320,7 +320,7 @@ def made_up(runs_dir, run_id, seed=1, loss=3.0, status="done", hash="h1", vocab=
         {"seed": seed, "data": {"path": "p.txt"}, "tokenizer": {"vocab_size": vocab},
          "model": settings}))
     (folder / "summary.json").write_text(json.dumps(
-        {"status": status, "best_val_loss": loss, "best_val_bpb": loss * 100 / vocab,
+        {"status": status, "best_val_loss": loss, "best_val_bpb": loss and loss * 100 / vocab,
          "best_step": 40, "seconds": 2.0, "parameters": 1000, "vocab_size": vocab, "seed": seed,
          "data_hash": hash, "error": "the loss is nan\nTry less"}))
     return folder
@@ -525,6 +525,7 @@ def test_a_sweep_survives_a_killed_run_and_ctrl_c_and_goes_on(tmp_path):
         children = psutil.Process(process.pid).children()
         next(child for child in children if first.name in child.cmdline()).kill()
         wait_for((second / "checkpoints" / "last.pt").exists, process)
+        wait_for(lambda: "SIGKILL" in (tmp_path / "log").read_text(), process)
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 130
     finally:

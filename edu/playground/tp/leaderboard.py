@@ -109,7 +109,7 @@ def data_key(run):
     summary = run["summary"]
     chosen = {key: value for key, value in run["config"].items() if key.startswith("data.")}
     counted = [summary.get("train_phrases"), summary.get("val_phrases")]
-    return json.dumps(summary.get("data_sha256") or [chosen, counted], sort_keys=True)
+    return json.dumps(summary.get("data_hash") or [chosen, counted], sort_keys=True)
 
 
 def tokenizer_key(run):
@@ -166,10 +166,11 @@ def t_quantile(p, df):
     With t = sqrt(df) tan(angle) the density becomes cos(angle)^(df - 1) on a bounded range, where
     adding up the area is exact enough: four digits from df = 1 on.
     """
-    angle = np.linspace(-np.pi / 2, np.pi / 2, 200_001)
-    density = np.cos(angle[1:-1]) ** (df - 1)
+    cells = 200_000
+    angle = ((np.arange(cells) + 0.5) / cells - 0.5) * np.pi  # the middle of each cell
+    density = np.cos(angle) ** (df - 1)
     below = np.cumsum(density) - density / 2
-    return float(math.sqrt(df) * np.tan(np.interp(p * density.sum(), below, angle[1:-1])))
+    return float(math.sqrt(df) * np.tan(np.interp(p * density.sum(), below, angle)))
 
 
 def welch(a, b):
