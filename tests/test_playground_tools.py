@@ -596,8 +596,14 @@ def test_unknown_runs_are_answered_with_the_nearest_and_the_list(here, capsys):
 def test_a_checkpoint_that_is_gone_is_said_in_its_column(here, tmp_path, capsys):
     shutil.copytree(here / "runs", tmp_path / "runs")
     (tmp_path / "runs" / "two" / "checkpoints" / "best_val.pt").unlink()
-    assert cli.main(["compare", "--runs-dir", str(tmp_path / "runs"), "--run-ids", "one,two"]) == 0
+    words = ["compare", "--runs-dir", str(tmp_path / "runs"), "--run-ids", "one,two"]
+    assert cli.main(words) == 0
     assert "best_val.pt" in capsys.readouterr().out
+    (tmp_path / "runs" / "two" / "config.json").write_text("{")
+    (tmp_path / "runs" / "two" / "summary.json").write_text("[]")
+    assert cli.main(words) == 0
+    said = capsys.readouterr().out
+    assert "config.json is damaged" in said and "two: " in said and "no JSON object" in said
 
 
 def test_report_as_the_seed_calls_it(here):

@@ -5,7 +5,18 @@ import json
 from tp.errors import UserError
 from tp.runs import CHECKPOINTS, Run
 from tp.sample import add_sampling_arguments, generate, sampling_options
-from tp.tables import columns, differences, find_run, flat, number, read_object, table, visible
+from tp.tables import (
+    as_dict,
+    columns,
+    differences,
+    find_run,
+    flat,
+    is_number,
+    number,
+    read_object,
+    table,
+    visible,
+)
 
 # (what it is, its key in summary.json, digits)
 MEASURES = (
@@ -58,15 +69,22 @@ def short_labels(ids):
 
 
 def config_lines(runs, names):
-    """The settings that differ, one to a row."""
-    configs = [flat(read_object(run.config_path)) for run in runs]
-    keys = differences(configs)
+    """The settings that differ, one to a row; a config that cannot be read is named."""
+    configs, problems = [], []
+    for run in runs:
+        try:
+            configs.append(flat(read_object(run.config_path)))
+        except UserError as error:
+            configs.append({})
+            problems.append(str(error))
+    readable = [config for config in configs if config]
+    keys = differences(readable)
     if not keys:
-        return ["their configs are the same"]
+        return [*problems, "their configs are the same"] if len(readable) > 1 else problems
     rows = [[key, *[visible(json.dumps(config.get(key, "-"))).strip('"') for config in configs]]
             for key in keys]
     same = len(set().union(*configs)) - len(keys)
-    return [*table(["setting", *names], rows), f"{same} settings are equal"]
+    return [*table(["setting", *names], rows), f"{same} settings are equal", *problems]
 
 
 def metric_lines(runs, names):
@@ -93,10 +111,10 @@ def summary_of(run):
         speeds = [row.get("tokens_per_second") for row in run.load_metrics()]
     except UserError as error:
         return {"problem": str(error)}
-    speeds = sorted(speed for speed in speeds if speed is not None)
+    speeds = sorted(filter(is_number, speeds))
     losses = [summary.get("final_val_loss"), summary.get("final_train_loss")]
-    return {**summary, "gap": None if None in losses else losses[0] - losses[1],
-            "bigram": (summary.get("ladder") or {}).get("bigram"),
+    return {**summary, "gap": losses[0] - losses[1] if all(map(is_number, losses)) else None,
+            "bigram": as_dict(summary.get("ladder")).get("bigram"),
             "tokens_per_second": speeds[len(speeds) // 2] if speeds else None}
 
 

@@ -20,6 +20,7 @@ from tp.files import write_bytes
 from tp.tables import (
     differences,
     flat,
+    is_number,
     number,
     read_object,
     run_ids,
@@ -127,13 +128,14 @@ def groups_of(runs, by):
     for run in runs:
         value = run["summary"].get(by)
         group = found[json.dumps(run["config"], sort_keys=True)]
-        if not isinstance(value, (int, float)) or not math.isfinite(value):
+        seed = json.dumps(run["seed"])
+        if not is_number(value) or not math.isfinite(value):
             left_out.append((run["run_id"], f"its {by} is {value}"))
-        elif run["seed"] in group:
-            twin = group[run["seed"]]["run_id"]
+        elif seed in group:
+            twin = group[seed]["run_id"]
             left_out.append((run["run_id"], f"same config and seed as {twin}, which is counted"))
         else:
-            group[run["seed"]] = run
+            group[seed] = run
     groups = [summarise(list(group.values()), by) for group in found.values() if group]
     return sorted(groups, key=lambda group: group["mean"]), left_out
 
@@ -144,7 +146,7 @@ def summarise(runs, by):
 
     def mean_of(key):
         known = [run["summary"][key] for run in runs
-                 if isinstance(run["summary"].get(key), (int, float))]
+                 if is_number(run["summary"].get(key))]
         return statistics.fmean(known) if known else None
 
     return {
@@ -237,7 +239,8 @@ def show(runs_dir, sweep=None, by="best_val_loss"):
     boards, left_out = rank(runs_dir, sweep, by)
     if not boards and not left_out:
         which = f"of the sweep {sweep!r} " if sweep else ""
-        raise UserError(f"no run {which}in {runs_dir}" + sweeps_there(runs_dir, sweep))
+        raise UserError(f"there is no run {which}in {runs_dir}{sweeps_there(runs_dir, sweep)}\n"
+                        f"  tp train --config configs/default.py --runs-dir {runs_dir}")
     runs = sum(group["n"] for board in boards for group in board["groups"])
     name = f" - sweep {sweep}" if sweep else ""
     print(f"tp leaderboard - {runs_dir}{name} - {runs} finished runs, {len(left_out)} left out")

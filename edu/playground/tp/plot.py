@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tp.errors import UserError
 from tp.files import read_rows, write_bytes
-from tp.tables import find_run, read_object
+from tp.tables import as_dict, find_run, is_number, read_object
 
 WIDTH, PLOT_HEIGHT, LEFT, RIGHT, BOTTOM = 760, 340, 64, 24, 52
 MOST_RUNS = 8  # more lines than that nobody can tell apart
@@ -47,7 +47,7 @@ def main(args):
     try:
         picture = draw(runs, args.log_y, marks=ladder_of(folders[0]) if len(ids) == 1 else ())
     except ValueError as error:
-        raise UserError(f"{', '.join(ids)}: {error}; is the run older than its first evaluation?"
+        raise UserError(f"{', '.join(ids)}: {error}; has it come to its first evaluation?"
                         ) from None
     highest = max(loss for run in runs for point in run["train"] + run["val"] if point
                   for loss in point[1:])
@@ -86,7 +86,7 @@ def read_curves(folder, log_y):
 def ladder_of(folder):
     """[("bigram", nats per token), ...] of the run's summary; [] without one."""
     try:
-        ladder = read_object(folder / "summary.json").get("ladder") or {}
+        ladder = as_dict(read_object(folder / "summary.json").get("ladder"))
     except UserError:
         return []
     return [(name, loss) for name, loss in ladder.items() if is_number(loss)]
@@ -118,11 +118,6 @@ def style_sheet():
 # ---- from metrics to points ----------------------------------------------------------------------
 
 
-def is_number(value):
-    """Whether JSON gave a number; True and False are none, though Python counts with them."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
 def points_of(metrics, key, log_y=False):
     """(points, left_out) of one column: points [(step, value), ...] in the order of steps, None
     where a value cannot be drawn; left_out: the steps of those.
@@ -130,7 +125,7 @@ def points_of(metrics, key, log_y=False):
     None breaks the line: a stroke across the hole would show a loss that nobody measured.
     """
     points, left_out = [], []
-    rows = [row for row in metrics if is_number(row.get("step")) and key in row]
+    rows = [row for row in metrics if is_number(as_dict(row).get("step")) and key in row]
     for row in sorted(rows, key=lambda row: row["step"]):
         value = row[key]
         if is_number(value) and math.isfinite(value) and (value > 0 or not log_y):

@@ -23,7 +23,7 @@ from tp.data import (
 from tp.files import write_json
 from tp.runs import CHECKPOINTS, Run
 from tp.sample import add_sampling_arguments, check_sampling, generate_ids, sampling_options
-from tp.tables import number, table, visible
+from tp.tables import is_number, number, table, visible
 from tp.textstats import (
     calibration,
     copied_spans,
@@ -122,7 +122,8 @@ def measure_losses(model, tokenizer, train, val, config):
 
 def since_best(run):
     """How the two losses have moved from the best step to the last; None if that is the best."""
-    rows = [row for row in run.load_metrics() if isinstance(row.get("val_loss"), (int, float))]
+    rows = [row for row in run.load_metrics()
+            if is_number(row.get("val_loss")) and is_number(row.get("train_loss"))]
     if not rows:
         return None
     best, last = min(rows, key=lambda row: row["val_loss"]), rows[-1]

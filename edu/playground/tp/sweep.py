@@ -41,7 +41,8 @@ PATIENCE = 30  # seconds that a run has for its last checkpoint when it is told 
 
 
 def add_arguments(parser):
-    parser.add_argument("--config", required=True, metavar="PATH", help="config file of all runs")
+    parser.add_argument("--config", default="configs/default.py", metavar="PATH",
+                        help="config file of all runs (default: configs/default.py)")
     parser.add_argument("--grid", action="append", default=[], metavar="KEY=V1,V2", help="values "
                         "of one key; given several times, every combination is trained. A value "
                         'that holds a comma stands in double quotes: \'data.path="a,b.txt",c.txt\'')

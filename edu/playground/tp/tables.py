@@ -46,9 +46,19 @@ def columns(header, rows, width=None, least=24):
 
 def number(value, digits=4):
     """4 digits after the point; "-" for what is not known."""
-    if value is None or isinstance(value, (str, bool)):
-        return "-" if value is None else str(value)
+    if not is_number(value):
+        return "-" if value is None else visible(str(value))
     return f"{value:,}" if isinstance(value, int) else f"{value:,.{digits}f}"
+
+
+def is_number(value):
+    """Whether JSON gave a number; True and False are none, though Python counts with them."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def as_dict(value):
+    """The value if it is a dictionary, else an empty one: anybody may have edited a file."""
+    return value if isinstance(value, dict) else {}
 
 
 def visible(text):
