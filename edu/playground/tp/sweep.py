@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from tp.config import apply_overrides, check, flatten, load_config
+from tp.config import apply_overrides, check, flatten, load_config, to_dict
 from tp.errors import UserError
 from tp.files import write_json
 from tp.leaderboard import UNITS, read_run, show
@@ -71,9 +71,12 @@ def main(args):
     announce(name, points, len(seeds), jobs, threads)
     if not allowed:
         raise UserError("every combination of this grid is refused, for the reasons above")
-    sweep = Sweep(args, name, runs_dir, jobs, threads)
+    sweep = Sweep(name, runs_dir, jobs, threads)
+    # The children read this copy: the config file may be edited while they wait for their turn.
+    runs_dir.mkdir(parents=True, exist_ok=True)
+    write_json(sweep.config_path, to_dict(base))
     stopped = sweep.run([point for point in allowed if point.state in ("new", "resume")])
-    return conclude(sweep, allowed, stopped, args.by)
+    return conclude(sweep, allowed, stopped, args)
 
 
 # ---- the grid ------------------------------------------------------------------------------------
@@ -233,9 +236,9 @@ def share_cores(jobs, runs):
 class Sweep:
     """Keeps `jobs` training processes busy until all points have been tried."""
 
-    def __init__(self, args, name, runs_dir, jobs, threads):
-        self.args, self.name, self.runs_dir = args, name, runs_dir
-        self.jobs, self.threads = jobs, threads
+    def __init__(self, name, runs_dir, jobs, threads):
+        self.name, self.runs_dir, self.jobs, self.threads = name, runs_dir, jobs, threads
+        self.config_path = runs_dir / f"{name}.config.json"
         self.running = {}  # point's run id: (point, process, time of its start, log)
         self.seconds, self.count, self.total = [], 0, 0
         self.interrupts = 0
@@ -267,14 +270,15 @@ class Sweep:
         """Begin or resume one run; all that it prints goes to train.log in its folder."""
         folder = self.runs_dir / point.run_id
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "sweep.json", {"sweep": self.name, "settings": point.settings})
-        if not (folder / "config.json").exists():
-            remove_empty(folder)
         log = open(folder / "train.log", "a+", encoding="utf-8", errors="replace")
         if not lock(log):
             log.close()
             self.finish(point, "busy", "another process is training it", 0, 0)
             return
+        point.state, _ = state_of(folder, point.config)  # as it is now, when nobody else can write
+        if point.state == "new":
+            remove_empty(folder)
+        write_json(folder / "sweep.json", {"sweep": self.name, "settings": point.settings})
         log.write(f"\n---- {datetime.now().isoformat(timespec='seconds')} {point.state}\n")
         log.flush()
         process = subprocess.Popen(
@@ -284,12 +288,10 @@ class Sweep:
 
     def command(self, point):
         words = [sys.executable, "-m", "tp", "train", "--runs-dir", str(self.runs_dir)]
-        if point.state == "resume":
+        if point.state != "new":  # also of a finished run, which train leaves as it is
             return [*words, "--resume", point.run_id]
-        words += ["--run-id", point.run_id, "--config", self.args.config]
-        for setting in [*self.args.overrides, *point.overrides()]:
-            words += ["--set", setting]
-        return words
+        return [*words, "--run-id", point.run_id, "--config", str(self.config_path), "--set",
+                *point.overrides()]
 
     def environment(self):
         """The threads, and where this very package lies, installed or not."""
@@ -388,7 +390,8 @@ def why_it_ended(code, log):
         hint = "; was there too little memory? try fewer --jobs" if name == "SIGKILL" else ""
         return f"killed by {name}{hint}"
     log.seek(0)
-    lines = [line.rstrip() for line in log if line.strip()]
+    lines = [line.rstrip() for line in log.read().rpartition("\n---- ")[2].splitlines()[1:]
+             if line.strip()]
     errors = [line for line in lines if line.startswith("error:")]
     return f"exit code {code}: {(errors or lines or ['it printed nothing'])[-1]}"
 
@@ -416,13 +419,13 @@ def announce(name, points, seeds, jobs, threads):
         print(f"refused: {label or 'the config'}\n  {reason}", flush=True)
 
 
-def conclude(sweep, points, stopped, by):
+def conclude(sweep, points, stopped, args):
     """The leaderboard, what is missing from it, and the exit code."""
     missing = [point for point in points if point.state != "done"]
     boards = []
     if len(missing) < len(points):
         print()
-        boards = show(sweep.runs_dir, sweep.name, by)
+        boards = show(sweep.runs_dir, sweep.name, args.by)
     broken = [point for point in missing if point.state in ("failed", "busy")]
     if broken:
         print(f"\n{len(broken)} of {len(points)} runs did not finish:")
@@ -431,7 +434,7 @@ def conclude(sweep, points, stopped, by):
         print("\n".join("  " + line for line in table(["run", "why", "log"], rows)))
     if missing:
         print(f"\n{len(missing)} runs are left: the same command goes on with them"
-              + (f" (name: --name {sweep.name})" if not sweep.args.name else ""))
+              + (f" (its name: --name {sweep.name})" if not args.name else ""))
     leaders = [group["run_ids"][0] for board in boards[:1] for group in board["groups"][:2]]
     if len(leaders) > 1:
         print(f"next: tp compare --runs-dir {sweep.runs_dir} --run-ids {','.join(leaders)} "
