@@ -477,10 +477,15 @@ def test_seeds_do_not_change_a_sweeps_name_and_the_grid_does():
 
 def test_the_cores_are_shared_out(monkeypatch):
     monkeypatch.setattr(sweep.os, "sched_getaffinity", lambda _: range(8), raising=False)
-    asked = [(None, 12), (None, 3), (3, 12), (20, 12), (2, 0)]
-    assert [sweep.share_cores(*pair) for pair in asked] == [(8, 1), (3, 2), (3, 2), (12, 1), (1, 8)]
+
+    def runs_with(threads, count):
+        return [sweep.Point("r", {}, {"train.threads": threads})] * count
+
+    asked = [(None, 1, 12), (None, 1, 5), (3, 1, 12), (20, 1, 12), (None, 3, 12), (None, 20, 9)]
+    assert [sweep.share_cores(jobs, runs_with(threads, count)) for jobs, threads, count in asked] \
+        == [(8, 1), (5, 1), (3, 1), (12, 1), (2, 3), (1, 20)]
     with pytest.raises(UserError, match="--jobs 0"):
-        sweep.share_cores(0, 12)
+        sweep.share_cores(0, [])
 
 
 def test_two_sweeps_never_train_one_run_at_a_time(tmp_path):

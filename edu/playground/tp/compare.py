@@ -2,6 +2,8 @@
 
 import json
 
+import torch
+
 from tp.errors import UserError
 from tp.runs import CHECKPOINTS, Run
 from tp.sample import add_sampling_arguments, generate, sampling_options
@@ -127,7 +129,8 @@ def sample_lines(runs, names, args):
     drawn, used, seed = [], [], args.seed
     for run in runs:
         try:
-            model, tokenizer, config, state = run.load_model(args.checkpoint)
+            model, tokenizer, config, _ = run.load_model(args.checkpoint)
+            torch.set_num_threads(config.train.threads)  # to the bit, whatever the machine
         except UserError as error:
             drawn.append([f"({error})"])
             continue

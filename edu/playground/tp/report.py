@@ -49,6 +49,7 @@ def add_arguments(parser):
 def main(args):
     run = Run.open(args.runs_dir, args.run_id)
     model, tokenizer, config, state = run.load_model(args.checkpoint)
+    torch.set_num_threads(config.train.threads)  # to the bit, whatever the machine
     options = sampling_options(args, config)
     check_sampling(**{k: v for k, v in options.items() if k not in ("prompt", "seed")})
     print(f"tp report - cpu - {model.count_parameters() / 1e6:.2f}M params - {args.checkpoint} of "

@@ -51,7 +51,7 @@ def add_arguments(parser):
     parser.add_argument("--set", action="append", default=[], dest="overrides",
                         metavar="KEY=VALUE", help="change one key of the config for all runs")
     parser.add_argument("--jobs", type=int, metavar="N", help="runs at a time (default: as many as "
-                        "there are cores)")
+                        "the cores have room for, at train.threads each)")
     parser.add_argument("--runs-dir", default="runs", help="folder of all runs")
     parser.add_argument("--name", help="begins every run id (default: made of config and grid)")
     parser.add_argument("--by", choices=UNITS, default="best_val_loss", help="rank by")
@@ -64,7 +64,7 @@ def main(args):
     name = check_name(args.name or default_name(base, grid))
     points = plan(base, grid, seeds, name)
     allowed = [point for point in points if point.reason is None]
-    jobs, threads = share_cores(args.jobs, len(allowed))
+    jobs, threads = share_cores(args.jobs, allowed)
     runs_dir = Path(args.runs_dir)
     for point in allowed:
         point.state, point.why = state_of(runs_dir / point.run_id, point.config)
@@ -220,14 +220,17 @@ def is_finished(folder):
         return False
 
 
-def share_cores(jobs, runs):
-    """(runs at a time, threads for each). Raises UserError for fewer than one job."""
+def share_cores(jobs, points):
+    """(runs at a time, threads that each takes). Raises UserError for fewer than one job.
+
+    The threads are the config's, train.threads, and no matter of how many cores there are: sums
+    over other numbers of threads are rounded otherwise, and the runs would not repeat to the bit.
+    """
     if jobs is not None and jobs < 1:
         raise UserError(f"--jobs {jobs}: at least one run must be under way at a time")
     affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
-    cores = len(affinity(0))
-    jobs = max(1, min(jobs or cores, runs or 1))
-    return jobs, max(1, cores // jobs)
+    threads = max((point.config["train.threads"] for point in points), default=1)
+    return min(jobs or max(1, len(affinity(0)) // threads), len(points) or 1), threads
 
 
 # ---- the processes -------------------------------------------------------------------------------
@@ -294,7 +297,7 @@ class Sweep:
                 *point.overrides()]
 
     def environment(self):
-        """The threads, and where this very package lies, installed or not."""
+        """The threads (of what torch is not asked to count), and where this very package lies."""
         package = str(Path(__file__).resolve().parent.parent)
         path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
         return {**os.environ, "OMP_NUM_THREADS": str(self.threads), "PYTHONPATH": path,
