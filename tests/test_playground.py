@@ -164,8 +164,8 @@ def test_a_mistyped_key_is_refused_with_the_nearest_valid_one(key, nearest):
 
 
 @pytest.mark.parametrize("override, wanted", [
-    ("model.n_layer=2.5", "model.n_layer is '2.5', but must be a whole number of at least 1"),
-    ("model.n_layer=0", "is 0, but must be a whole number of at least 1"),
+    ("model.n_layer=2.5", "model.n_layer is '2.5', but must be a whole number from 1 to 64"),
+    ("model.n_layer=0", "is 0, but must be a whole number from 1 to 64"),
     ("model.n_layer=none", "is 'none', but must be"),
     ("model.mlp_enabled=yes", "is 'yes', but must be true or false"),
     ("model.mlp_enabled=1", "is '1', but must be true or false"),
@@ -209,7 +209,6 @@ def test_the_hash_of_a_config_leaves_out_the_seed_only():
 
 # ---- what makes sense trains, what does not is refused -------------------------------------------
 
-ATTENTION_ONLY = {"model.n_kv_head": "3", "model.qk_norm": "true", "model.window": "3"}
 FACTORS = {
     "model.attention_enabled": ["true", "false"],
     "model.n_kv_head": ["none", "1", "3"],
@@ -239,7 +238,9 @@ def makes_sense(choice):
     return ((attention or not inside)
             and (attention or choice["model.mlp_enabled"] == "true")
             and (choice["model.norm"], choice["model.norm_position"]) != ("none", "post")
-            and (choice["model.residual"], choice["model.init"]) != ("false", "zero_projection"))
+            and (choice["model.residual"], choice["model.init"]) != ("false", "zero_projection")
+            and (choice["model.residual"] == "true" or choice["model.norm"] != "none"
+                 or choice["model.mlp_enabled"] == "false" or choice["model.mlp_kind"] == "gelu"))
 
 
 def covering_choices(seed=0):
@@ -333,6 +334,7 @@ def test_choices_are_refused_exactly_where_something_is_asked_for_that_is_not_th
     (["model.window=32"], "hides nothing"),
     (["model.norm=none", "model.norm_position=post"], "model.norm is none"),
     (["model.residual=false", "model.init=zero_projection"], "no gradient would ever arrive"),
+    (["model.residual=false", "model.norm=none", "model.mlp_kind=swiglu"], "neither a norm nor"),
     (["train.steps=20", "train.warmup_steps=20"], "leaves nothing of train.steps=20"),
     (["train.schedule=wsd", "train.decay_fraction=0.99"], "overlap"),
 ])

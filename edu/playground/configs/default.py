@@ -41,9 +41,9 @@ model = {
 }
 
 train = {
-    "steps": 400,
+    "steps": 360,
     "batch_size": 64,
-    "optimizer": "adamw",  # adamw, muon, sgd
+    "optimizer": "muon",  # adamw, muon, sgd
     "lr": 0.003,
     "muon_lr": 0.02,
     "weight_decay": 0.1,
@@ -56,6 +56,7 @@ train = {
     "min_lr_fraction": 0.1,
     "eval_every": 40,
     "patience": None,
+    "threads": 1,
 }
 
 sample = {

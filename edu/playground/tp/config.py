@@ -78,9 +78,9 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    steps: int = option(400, "updates", low=1)
+    steps: int = option(360, "updates", low=1)
     batch_size: int = option(64, "phrases in a batch", low=1)
-    optimizer: str = option("adamw", "muon: for the matrices of the blocks, adamw for the rest",
+    optimizer: str = option("muon", "muon: for the matrices of the blocks, adamw for the rest",
                             choices=("adamw", "muon", "sgd"))
     lr: float = option(3e-3, "peak learning rate", above=0)
     muon_lr: float = option(0.02, "that of Muon's matrices", above=0)
@@ -97,6 +97,8 @@ class TrainConfig:
     eval_every: int = option(40, "steps from one evaluation (and checkpoint) to the next", low=1)
     patience: int | None = option(None, "stop after this many evaluations without a better "
                                   "validation loss; none: never", low=1)
+    threads: int = option(1, "cores used; more would help larger models only, and the number "
+                          "changes the last bits", low=1)
 
 
 @dataclass(frozen=True)
@@ -190,16 +192,20 @@ def find_field(key, where):
 
 
 def wanted(spec):
-    """In words: what a field takes, e.g. "a whole number of at least 1, or none"."""
+    """In words: what a field takes, e.g. "a whole number from 1 to 64"."""
     kinds, limits = allowed_types(spec), spec.metadata
     words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
     text = next(words[kind] for kind in kinds if kind in words)
     if limits["choices"]:
         text = "one of " + ", ".join(limits["choices"])
-    bounds = [(limits["above"], "above"), (limits["low"], "of at least"),
-              (limits["high"], "of at most")]
-    said = " and ".join(f"{word} {bound:g}" for bound, word in bounds if bound is not None)
-    return " ".join(filter(None, (text, said))) + (", or none" if type(None) in kinds else "")
+    low, high, above = limits["low"], limits["high"], limits["above"]
+    if low is not None and high is not None:
+        text += f" from {low} to {high}"
+    else:
+        bounds = ((above, "above"), (low, "of at least"), (high, "of at most"))
+        said = [f"{word} {bound}" for bound, word in bounds if bound is not None]
+        text = " ".join((text, " and ".join(said))).rstrip()
+    return text + (", or none" if type(None) in kinds else "")
 
 
 def allowed_types(spec):
@@ -353,11 +359,14 @@ def apply_overrides(config, overrides):
 
 
 def describe_keys():
-    """Every key, its default, what it takes and what it means, one to a line."""
-    defaults = flatten(RunConfig())
-    return "\n".join(f"{key:28} {str(defaults[key]):12} {wanted(spec)}"
-                     + (f". {spec.metadata['meaning']}" if spec.metadata["meaning"] else "")
-                     for key, spec in specification().items())
+    """Every key, its default, its meaning and what it takes, one to a line."""
+    words = {None: "none", True: "true", False: "false"}
+    lines = []
+    for key, spec in specification().items():
+        default = words.get(spec.default) if isinstance(spec.default, (bool, type(None))) else None
+        meaning = ": ".join(filter(None, (spec.metadata["meaning"], wanted(spec))))
+        lines.append(f"{key:27} {default or spec.default!s:11} {meaning}")
+    return "\n".join(lines)
 
 
 # ---- what makes no sense -------------------------------------------------------------------------
@@ -399,6 +408,11 @@ RULES = (
     (lambda m, t: m.init == "zero_projection" and not m.residual,
      "model.init=zero_projection makes every layer begin as zero, and with model.residual=false "
      "nothing passes beside it: no gradient would ever arrive. Use --set model.init=normal"),
+    (lambda m, t: (m.mlp_enabled and m.mlp_kind in ("relu2", "swiglu") and m.norm == "none"
+                   and not m.residual),
+     "model.mlp_kind={m.mlp_kind} multiplies small numbers with each other; with neither a norm "
+     "nor a residual (model.norm=none, model.residual=false) what is left after a few blocks is zero, "
+     "and no gradient arrives. Use --set model.mlp_kind=gelu, or a norm"),
     (lambda m, t: t.warmup_steps >= t.steps,
      "train.warmup_steps={t.warmup_steps} leaves nothing of train.steps={t.steps}. Use fewer, for "
      "example --set train.warmup_steps=0"),

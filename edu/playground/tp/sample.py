@@ -128,6 +128,7 @@ def main(args):
     """`tp generate`."""
     run = Run.open(args.runs_dir, args.run_id)
     model, tokenizer, config, state = run.load_model(args.checkpoint)
+    torch.set_num_threads(config.train.threads)
     options = sampling_options(args, config)
     print(f"tp generate - cpu - {model.count_parameters() / 1e6:.2f}M params - "
           f"{args.checkpoint} of {args.run_id}, step {state['step']} - seed {options['seed']}")

@@ -1,8 +1,8 @@
 """`tp train`: one run from config to checkpoints, and going on with one that was stopped.
 
 Reproducible: every random number comes from config.seed, and the order of the batches from
-(seed, epoch). On one machine with one number of threads, the same config gives the same bits;
-last.pt holds all that a resumed run needs to give them too.
+(seed, epoch). As the number of threads is in the config too, the same config gives the same bits on
+one machine; last.pt holds all that a resumed run needs to give them as well.
 """
 
 import contextlib
@@ -62,6 +62,7 @@ class Session:
     """All that one run works with. Built the same way for a new run and for a resumed one."""
 
     def __init__(self, run, config):
+        torch.set_num_threads(config.train.threads)  # not the machine's: sums depend on it
         self.run, self.config, self.progress = run, config, Progress()
         train, val = data.load_split(config.data)
         self.phrases = {"train": len(train), "val": len(val)}
@@ -133,9 +134,9 @@ class Session:
 
 
 def versions():
-    """What the numbers were made with; they repeat to the bit only where all of this is equal."""
+    """What the numbers were made with; another processor may give other last bits all the same."""
     return {"python": platform.python_version(), "torch": torch.__version__,
-            "sentencepiece": sentencepiece.__version__, "threads": torch.get_num_threads()}
+            "sentencepiece": sentencepiece.__version__}
 
 
 # ---- one report, one step ------------------------------------------------------------------------
@@ -379,7 +380,7 @@ def reopen(config, runs_dir, run_id):
 
 def announce(session):
     """The first lines: what runs, on what, and what counting alone achieves."""
-    s, p, threads = session, session.progress, torch.get_num_threads()
+    s, p, threads = session, session.progress, session.config.train.threads
     print(f"tp train - cpu - {threads} thread{'s' * (threads > 1)} - "
           f"{s.model.count_parameters() / 1e6:.2f}M params - seed {s.config.seed}\n"
           f"run {s.run.run_id}: {s.phrases['train']} phrases to train on, {s.phrases['val']} to "
