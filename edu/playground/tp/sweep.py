@@ -345,7 +345,7 @@ class Sweep:
 
     def stop(self):
         """Tell all runs to save and end; end those that do not."""
-        print(f"\nstopping: {len(self.running)} runs save their last checkpoint "
+        print(f"\nstopping: {len(self.running)} under way, each saves its last checkpoint "
               "(Ctrl-C again: at once)", flush=True)
         processes = [process for _, process, _, _ in self.running.values()]
         for process in processes:
