@@ -10,6 +10,11 @@ from tp.errors import UserError
 COMMANDS = {
     "train": ("tp.train", "train a model from a config, or go on with a run"),
     "generate": ("tp.sample", "draw text from a run"),
+    "compare": ("tp.compare", "runs side by side: settings, results, samples"),
+    "report": ("tp.report", "losses, novelty, copies, calibration of a checkpoint"),
+    "plot-loss": ("tp.plot", "the losses of a run, or several, as SVG"),
+    "sweep": ("tp.sweep", "train every combination of a grid, in parallel processes"),
+    "leaderboard": ("tp.leaderboard", "runs ranked, with mean and spread over seeds"),
 }
 
 
