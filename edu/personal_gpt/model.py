@@ -100,6 +100,14 @@ class TransformerBlock(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
+def sinusoids(block_size, n_embd):
+    """(T, C): each pair of channels turns with the position, the first pair fastest."""
+    # angle[t, i] = t * 10000^(-2i/C)
+    i, t = torch.arange((n_embd + 1) // 2), torch.arange(block_size)
+    angle = torch.outer(t, 10_000.0 ** (-2 * i / n_embd))
+    return torch.cat((angle.sin(), angle.cos()), dim=1)[:, :n_embd]
+
+
 class GPT(nn.Module):
     """idx (B, T) of character numbers -> logits (B, T, V) for the character after each.
 
@@ -107,7 +115,7 @@ class GPT(nn.Module):
     make no model and for a text longer than block_size.
     """
 
-    def __init__(self, vocab_size, block_size, n_embd=128, n_layer=4, n_head=4, dropout=0.1):
+    def __init__(self, vocab_size, block_size, n_embd=128, n_layer=3, n_head=4, dropout=0.1):
         super().__init__()
         sizes = {"vocab_size": vocab_size, "block_size": block_size, "n_embd": n_embd,
                  "n_layer": n_layer, "n_head": n_head}
@@ -129,18 +137,25 @@ class GPT(nn.Module):
         self.ln_f = nn.LayerNorm(n_embd)
         self.lm_head = nn.Linear(n_embd, vocab_size, bias=False)
         self.lm_head.weight = self.wte.weight  # reading and writing share one table
-        self.apply(self.init_weights)
+        self.init_weights()
 
-    def init_weights(self, module):
-        """GPT-2's: std 0.02; what is added to the residual stream, less the deeper the model."""
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=0.02)
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)
-        if isinstance(module, (SelfAttention, FeedForward)):  # apply() comes to children first
-            # two additions a layer, so std / sqrt(2 n_layer)
-            std = 0.02 / math.sqrt(2 * self.hyperparameters["n_layer"])
-            nn.init.normal_(module.c_proj.weight, std=std)
+    @torch.no_grad()
+    def init_weights(self):
+        """For few updates on little text: each linear layer keeps the scale of what it reads.
+
+        GPT-2's std of 0.02 is for thousands of channels; with a hundred of them attention starts
+        near uniform, and a short run ends there. Positions are learned, but begin as sinusoids
+        (Vaswani et al. 2017), in which "one to the left" is the same rotation everywhere.
+        """
+        C, L = self.hyperparameters["n_embd"], self.hyperparameters["n_layer"]
+        for name, p in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(p)
+            elif name.endswith("c_proj.weight"):  # 2L of them add up in the residual stream
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * L))
+            elif p.dim() == 2:
+                nn.init.normal_(p, std=C**-0.5)
+        self.wpe.weight.copy_(sinusoids(self.block_size, C) * C**-0.5)
 
     def forward(self, idx, cache=None):
         B, T = idx.shape

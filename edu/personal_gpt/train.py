@@ -1,10 +1,11 @@
 """Train a GPT on a plain text file, character by character.
 
-    python train.py --text examples/data.txt --epochs 20 --output gpt.pth
+    python train.py --text examples/data.txt --epochs 5 --output gpt.pth
 
 The text is cut in two: the model learns from the start and is measured on the end, which it never
 sees. An epoch shows it every character once, in windows of block_size that do not overlap, in a new
-order and cut at a new place each time. What is kept is the model of the best validation loss.
+order and cut at a new place each time; a text too short for 200 updates is gone through several
+times an epoch. What is kept is the model of the best validation loss.
 
 Read beside nanoGPT's train.py: the same optimizer and schedule, without its configuration.
 """
@@ -32,7 +33,7 @@ from model import (
 from tqdm import tqdm
 
 IGNORE = -1  # a target that is no target: padding
-UPDATES = 50  # an epoch has at least this many, if it has as many rows
+UPDATES = 200  # an epoch has at least this many, where the data allow it
 VAL_ROWS = 128  # rows to measure on while training: the loss of more would hardly be another
 
 # ---- text to numbers -----------------------------------------------------------------------------
@@ -158,9 +159,13 @@ def schedule(done):
     return 0.1 + 0.45 * (1 + math.cos(math.pi * (done - 0.1) / 0.9))
 
 
-def rows_per_update(N, batch_size):
-    """batch_size, or fewer where N rows would make too few updates in an epoch."""
-    return max(1, min(batch_size, N // UPDATES))
+def epoch_plan(N, batch_size, updates=UPDATES):
+    """(passes, rows per update) of an epoch over N rows.
+
+    At least `updates` updates: by smaller batches first, which cost nothing, and where even single
+    rows are too few, by several passes.
+    """
+    return math.ceil(updates / N), max(1, min(batch_size, N // updates))
 
 
 class Table:
@@ -180,11 +185,13 @@ class Table:
             sys.stdout.flush()
 
 
-def fit(model, make_epoch, val, *, epochs, batch_size, lr, seed, show=True):
-    """Train model on the rows that make_epoch(generator) gives, (inputs, targets, weights).
+def fit(model, make_pass, val, *, epochs, batch_size, lr, seed, show=True,
+        keep_best=True, updates=UPDATES):
+    """Train model on the rows that make_pass(generator) gives, (inputs, targets, weights).
 
     weights (N,) multiply the loss of each row; val: (inputs, targets) to measure on. Afterwards the
-    model is the one of the lowest validation loss, also after Ctrl-C. Returns {"before", "after":
+    model is the one of the lowest validation loss, also after Ctrl-C; with keep_best=False, the
+    last. Returns {"before", "after":
     nats per character on val, "stopped": by Ctrl-C}. Raises UserError when the loss is not finite.
     """
     generator, optimizer = torch.Generator().manual_seed(seed), make_optimizer(model, lr)
@@ -199,12 +206,14 @@ def fit(model, make_epoch, val, *, epochs, batch_size, lr, seed, show=True):
                     bar_format="{l_bar}{bar}| {n:.1f}/{total} epochs, {remaining} left{postfix}")
     try:
         for epoch in range(epochs):
-            # 1. all rows once, in a new order
-            inputs, targets, weights = make_epoch(generator)
-            per_update = rows_per_update(len(inputs), batch_size)
+            # 1. all rows, in a new order
+            one = make_pass(generator)
+            passes, per_update = epoch_plan(len(one[0]), batch_size, updates)
+            every = [one] + [make_pass(generator) for _ in range(passes - 1)]
+            inputs, targets, weights = (torch.cat(part) for part in zip(*every))
             order = torch.randperm(len(inputs), generator=generator)
-            updates = math.ceil(len(inputs) / per_update)
-            report_every = math.ceil(epochs * updates / 10)
+            steps = math.ceil(len(inputs) / per_update)
+            report_every = math.ceil(epochs * steps / 10)
             for i, rows in enumerate(order.split(per_update), 1):
                 x, y = trimmed(inputs[rows], targets[rows])
                 # 2. loss = sum_i w_i sum_t -log p(target_it) / number of targets
@@ -215,21 +224,21 @@ def fit(model, make_epoch, val, *, epochs, batch_size, lr, seed, show=True):
                 loss.backward()
                 # 3. a step, no longer than 1 whatever the gradient
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                done = epoch + i / updates
+                done = epoch + i / steps
                 for group in optimizer.param_groups:
                     group["lr"] = lr * schedule(done / epochs)
                 optimizer.step()
                 losses.append(loss.item())
                 check_finite(losses[-1], step, lr)
                 step, tokens, since = step + 1, tokens + count.item(), since + 1
-                progress.update(1 / updates)
+                progress.update(1 / steps)
                 # 4. report, and keep the best
-                if since == report_every or done == epochs:
+                if since >= report_every or done == epochs:
                     now, since = mean_loss(model, *val), 0
                     table.row(done, step, sum(losses) / len(losses), now,
                               group["lr"], tokens)
                     losses = []
-                    if now < best[0]:
+                    if now < best[0] or not keep_best:
                         best = (now, copy_of(model))
     except KeyboardInterrupt:
         stopped = True
@@ -360,17 +369,17 @@ def add_training_flags(parser, epochs):
     add("--output", metavar="FILE", help="write the weights here, the vocabulary beside it (.json)")
     add("--init", metavar="FILE", help="go on from this model instead of from random weights")
     add("--n-embd", type=int, default=128, help="channels; default: %(default)s")
-    add("--n-layer", type=int, default=4, help="blocks; default: %(default)s")
+    add("--n-layer", type=int, default=3, help="blocks; default: %(default)s")
     add("--n-head", type=int, default=4, help="heads; default: %(default)s")
     add("--dropout", type=float, default=0.1, help="default: %(default)s")
-    add("--lr", type=float, default=2e-3, help="greatest learning rate; default: %(default)s")
+    add("--lr", type=float, default=1e-3, help="greatest learning rate; default: %(default)s")
     add("--seed", type=int, default=1337, help="default: %(default)s")
 
 
 def check_flags(args):
     """Raises UserError for a number out of its range."""
     least = {"epochs": 1, "batch_size": 1, "block_size": 2, "lr": 1e-9, "seed": 0,
-             "sample_chars": 0, "val_fraction": 1e-9}
+             "sample_chars": 1, "samples": 1, "rounds": 1, "val_fraction": 1e-9}
     for name, value in least.items():
         given = getattr(args, name, None)
         if given is not None and not value <= given < 2**31:  # not-a-number is neither
@@ -440,20 +449,20 @@ def run_train(args):
     device, T = pick_device(), model.block_size
     model.to(device)
     headline("train", model, device, args.seed)
-    N = len(windows(train_ids, T)[0])
+    train, val = windows(train_ids, T), windows(val_ids, T)
+    N = len(train[0])
+    passes, per_update = epoch_plan(N, args.batch_size)
     print(f"{args.text}: {len(text):,} characters, {len(itos)} different ones in the vocabulary; "
           f"the last {len(val_ids):,} are held out")
-    print(f"an epoch is {N:,} windows of {T} characters, {rows_per_update(N, args.batch_size)} per "
-          "update")
+    print(f"an epoch is {passes} x {N:,} windows of {T} characters, {per_update} per update")
 
-    # 2. learn: the windows begin at another place each epoch
-    def make_epoch(generator):
+    # 2. learn: each time through the text is cut at another place
+    def make_pass(generator):
         start = torch.randint(min(T, len(train_ids) - T), (1,), generator=generator).item()
         inputs, targets = windows(train_ids[start:], T)
         return inputs, targets, torch.ones(len(inputs))
 
-    train, val = windows(train_ids, T), windows(val_ids, T)
-    result = fit(model, make_epoch, val, epochs=args.epochs, batch_size=args.batch_size, lr=args.lr,
+    result = fit(model, make_pass, val, epochs=args.epochs, batch_size=args.batch_size, lr=args.lr,
                  seed=args.seed)
 
     # 3. show, and keep
