@@ -22,8 +22,15 @@ import sys
 from pathlib import Path
 
 import torch
-from model import UserError, load_gpt, read_settings, save_gpt, save_settings, settings_path
-from model import write_whole
+from model import (
+    UserError,
+    load_gpt,
+    read_settings,
+    save_gpt,
+    save_settings,
+    settings_path,
+    write_whole,
+)
 from train import (
     IGNORE,
     add_training_flags,
@@ -42,7 +49,6 @@ from train import (
     run_cli,
     say_ladder,
     say_stopped,
-    windows,
 )
 
 # ---- offline RL: text|reward ---------------------------------------------------------------------
@@ -344,7 +350,8 @@ def run_self_align(args):
         weights = advantage_weights(rewards, reward_temperature(rewards, args.reward_temperature))
         weighted = (*rows, weights.float())
         result = fit(model, lambda generator: weighted, rows, epochs=1, batch_size=16,
-                     lr=args.lr / 4, seed=args.seed + number, show=False, keep_best=False, updates=20)
+                     lr=args.lr / 4, seed=args.seed + number, show=False,
+                     keep_best=False, updates=20)
         if result["stopped"]:
             break
     print("a sample\n" + max(texts[:8], key=lambda t: term_reward(t, terms)).strip() + "\n")
@@ -422,8 +429,8 @@ def unseen_part(text, settings, path):
         raise UserError(f"--calibrate {path}: the model was trained on all of it, and looks surer "
                         "there than it is anywhere else; use another text")
     unseen = text[trained_on["characters"] :]
-    print(f"{path} is what the model was trained on: only its held-out end is used, {len(unseen):,} "
-          "characters")
+    print(f"{path} is what the model was trained on: only its held-out end is used, "
+          f"{len(unseen):,} characters")
     return unseen
 
 
@@ -455,7 +462,7 @@ def run_calibrate(args):
     # 1. text that the model has not seen
     model, stoi, itos = load_gpt(require_init(args))
     settings = read_settings(args.init)
-    picture = Path(args.plot or Path(args.init).with_name(Path(args.init).stem + "_reliability.png"))
+    picture = Path(args.plot or f"{Path(args.init).with_suffix('')}_reliability.png")
     check_folder("--plot", picture)
     text = read_text(args.calibrate, "--calibrate")
     device = pick_device()

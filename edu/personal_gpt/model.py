@@ -123,8 +123,8 @@ class GPT(nn.Module):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
         if n_embd % n_head:
-            raise ValueError(f"n_embd {n_embd} cannot be shared out to {n_head} heads: no remainder "
-                             f"allowed, for example n_embd {n_head * max(1, n_embd // n_head)}")
+            raise ValueError(f"n_embd {n_embd} cannot be shared out to {n_head} heads without "
+                             f"a remainder; n_embd {n_head * max(1, n_embd // n_head)} could")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout is {dropout}; it must be at least 0 and less than 1")
         self.hyperparameters = {**sizes, "dropout": dropout}
@@ -222,8 +222,8 @@ class GPT(nn.Module):
 
 def check_decoding(idx, max_new_tokens, temperature, beta):
     if idx.dim() != 2 or idx.size(1) == 0:
-        raise ValueError(f"idx has the shape {tuple(idx.shape)}; (B, T) with T > 0 is needed: there "
-                         "must be something to continue, if only a line break")
+        raise ValueError(f"idx has the shape {tuple(idx.shape)}; (B, T) with T > 0 is needed: "
+                         "there must be something to continue, if only a line break")
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; it cannot be negative")
     if not 0 <= temperature < math.inf:  # not-a-number neither

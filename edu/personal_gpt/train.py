@@ -4,7 +4,7 @@
 
 The text is cut in two: the model learns from the start and is measured on the end, which it never
 sees. An epoch shows it every character once, in windows of block_size that do not overlap, in a new
-order and cut at a new place each time; a text too short for 200 updates is gone through several
+order and cut at a new place each time; a text too short for 150 updates is gone through several
 times an epoch. What is kept is the model of the best validation loss.
 
 Read beside nanoGPT's train.py: the same optimizer and schedule, without its configuration.
@@ -33,7 +33,7 @@ from model import (
 from tqdm import tqdm
 
 IGNORE = -1  # a target that is no target: padding
-UPDATES = 200  # an epoch has at least this many, where the data allow it
+UPDATES = 150  # an epoch has at least this many, where the data allow it
 VAL_ROWS = 128  # rows to measure on while training: the loss of more would hardly be another
 
 # ---- text to numbers -----------------------------------------------------------------------------
@@ -262,8 +262,8 @@ def trimmed(inputs, targets):
 
 def check_finite(loss, step, lr):
     if not math.isfinite(loss):
-        raise UserError(f"the loss is {loss} at step {step}: the updates overshoot, and nothing has "
-                        f"been written; use a smaller learning rate: --lr {lr / 10:g}")
+        raise UserError(f"the loss is {loss} at step {step}: the updates overshoot, and nothing "
+                        f"has been written; use a smaller learning rate: --lr {lr / 10:g}")
 
 
 # ---- the model to begin with ---------------------------------------------------------------------
@@ -378,8 +378,9 @@ def add_training_flags(parser, epochs):
 
 def check_flags(args):
     """Raises UserError for a number out of its range."""
-    least = {"epochs": 1, "batch_size": 1, "block_size": 2, "lr": 1e-9, "seed": 0,
-             "sample_chars": 1, "samples": 1, "rounds": 1, "val_fraction": 1e-9}
+    least = {"epochs": 1, "batch_size": 1, "block_size": 2, "lr": 1e-9, "seed": 0, "folds": 2,
+             "sample_chars": 1, "samples": 1, "rounds": 1, "top": 1, "min_count": 1,
+             "val_fraction": 1e-9}
     for name, value in least.items():
         given = getattr(args, name, None)
         if given is not None and not value <= given < 2**31:  # not-a-number is neither
