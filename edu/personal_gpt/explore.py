@@ -157,7 +157,7 @@ def header_names(cells):
     """Names for the columns: unique, and column 3 for one that has none."""
     names = []
     for i, cell in enumerate(cells, 1):
-        name = clean(cell).replace(":", " ").strip() or f"column {i}"
+        name = clean(cell.replace(":", " ")) or f"column {i}"
         names.append(name if name not in names else f"{name} {i}")
     return names
 
@@ -251,15 +251,17 @@ def read_rows(path):
 def term_statistics(rows):
     """[(term, count, rows it is in, distinctiveness)], the most distinctive first.
 
-    Names of fields are no terms, their values are. distinctiveness is tf-idf: count ln(N / rows).
-    A word in every row has 0; one that is frequent where it occurs at all ranks high.
+    Names of fields are no terms, their values are. distinctiveness is tf-idf with a logarithm, or
+    "a" and "the" would lead: (1 + ln count) ln(N / rows). A word in every row has 0.
     """
     counts, in_rows = Counter(), Counter()
     for row in rows:
         terms = [t.lower() for t in WORD.findall(" ".join(row.values.values()) or row.text)]
         counts.update(terms)
         in_rows.update(set(terms))
-    table = [(t, n, in_rows[t], n * math.log(len(rows) / in_rows[t])) for t, n in counts.items()]
+    # (1 + ln n) ln(N / N_t)
+    table = [(t, n, in_rows[t], (1 + math.log(n)) * math.log(len(rows) / in_rows[t]))
+             for t, n in counts.items()]
     return sorted(table, key=lambda entry: (-entry[3], entry[0]))
 
 
@@ -333,7 +335,7 @@ def learn(rows, args, alphabet, show):
     train, val = (lines_to_rows(lines, stoi, model.block_size)[:2] for lines in
                   ([row.text for row in kept], [rows[i].text for i in sorted(held_out)]))
     result = fit(model, make_pass, val, epochs=args.epochs, batch_size=args.batch_size, lr=args.lr,
-                 seed=args.seed, show=show)
+                 seed=args.seed, show=show, updates=80)  # rows repeat themselves: few will do
     return {"model": model, "stoi": stoi, "itos": itos, "train": train, "val": val, **result}
 
 
@@ -374,11 +376,16 @@ def usual_costs(rows, losses):
 
 
 def surprising_rows(rows, losses):
-    """[(nats per character, row, its character losses, least expected value, its excess)]."""
+    """[(nats per character, row, its character losses, least expected value, its excess)].
+
+    The most surprising first, and each text once: the first of equal rows stands for all.
+    """
     usual = usual_costs(rows, losses)
-    table = [(sum(each) / len(each), row, each, *least_expected(row, each, usual))
-             for row, each in zip(rows, losses)]
-    return sorted(table, key=lambda entry: -entry[0])
+    table = {}
+    for row, each in zip(rows, losses):
+        entry = (sum(each) / len(each), row, each, *least_expected(row, each, usual))
+        table.setdefault(row.text, entry)
+    return sorted(table.values(), key=lambda entry: -entry[0])
 
 
 # ---- learned: values -----------------------------------------------------------------------------
@@ -542,7 +549,7 @@ def sections_of(found):
          "often the commonest value would be right", ("field", "n", "right", "commonest"), checks),
         ("co-occurrences", "counted: lift is how many times more often than by chance; strongest "
          "evidence first", ("this", "with", "rows", "by chance", "lift"), pairs),
-        ("terms", "distinctive: often in few rows, count x ln(rows / rows with it)",
+        ("terms", "distinctive: often, in few rows: (1 + ln count) x ln(rows / rows with it)",
          ("term", "count", "in rows", "distinctive"), terms),
     ]
 
@@ -763,7 +770,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--data", metavar="FILE", required=True, help="a .csv, .jsonl or .txt file")
-    add_training_flags(parser, epochs=5)
+    add_training_flags(parser, epochs=3)
     add("--complete", metavar="TEXT", action="append",
         help='a partial row to go on from, such as "bird: owl; place: " (may be repeated)')
     add("--report", metavar="FILE", help="the HTML page; default: beside --output")
