@@ -1,0 +1,706 @@
+"""edu/personal_gpt: the model, its four command lines, and every number they claim.
+
+Oracles: GPT-2 of the `transformers` library with the same weights, tables worked out by hand, two
+ways that must agree (cached and uncached, tilted and not), and data in which something was planted.
+"""
+
+import json
+import math
+import random
+import re
+import shutil
+import sys
+
+import pytest
+import torch
+from conftest import EDU, run_process
+
+FOLDER = EDU / "personal_gpt"
+sys.path.insert(0, str(FOLDER))  # its modules import each other by name
+import advanced  # noqa: E402
+import explore  # noqa: E402
+import model as model_module  # noqa: E402
+import train  # noqa: E402
+from model import GPT, UserError, load_gpt  # noqa: E402
+
+sys.path.remove(str(FOLDER))
+SMALL = ["--n-embd", "32", "--n-layer", "1", "--n-head", "2", "--lr", "3e-3"]
+
+
+def lines_of(n, seed=0):
+    """n lines of simple sentences."""
+    r = random.Random(seed)
+    return [f"the {r.choice(['cat', 'dog', 'hen', 'bee'])} "
+            f"{r.choice(['sees', 'likes', 'finds'])} the "
+            f"{r.choice(['honey', 'garden', 'bread', 'gate'])}" for _ in range(n)]
+
+
+def small_gpt(seed=0, vocab_size=11, block_size=7, n_embd=12, n_layer=2, n_head=3):
+    torch.manual_seed(seed)
+    return GPT(vocab_size, block_size, n_embd, n_layer, n_head, dropout=0.2).eval()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A small model on disk, trained on 300 lines: (path, text file)."""
+    folder = tmp_path_factory.mktemp("trained")
+    text = folder / "data.txt"
+    text.write_text("\n".join(lines_of(300)) + "\n", "utf-8")
+    argv = ["--text", text, "--epochs", 2, "--block-size", 48, "--output", folder / "gpt.pth"]
+    assert train.main([str(a) for a in argv] + SMALL) == 0
+    return folder / "gpt.pth", text
+
+
+# ---- the model -----------------------------------------------------------------------------------
+
+
+def test_the_model_is_gpt2_with_the_same_weights_in_the_transformers_library():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    ours = small_gpt()
+    config = GPT2Config(vocab_size=11, n_positions=7, n_embd=12, n_layer=2, n_head=3,
+                        activation_function="gelu", attn_implementation="eager")
+    theirs = GPT2LMHeadModel(config).eval()
+    with torch.no_grad():
+        for p in ours.parameters():  # biases and gains too, or an unused one would not show
+            p.add_(0.1 * torch.randn_like(p))
+    state = {}
+    for name, tensor in ours.state_dict().items():
+        name = name if name == "lm_head.weight" else "transformer." + name.replace("blocks", "h")
+        is_linear = ".c_" in name and name.endswith("weight")  # theirs are stored the other way
+        state[name] = tensor.t() if is_linear else tensor
+    theirs.load_state_dict(state, strict=True)
+    idx = torch.randint(11, (2, 5))
+    torch.testing.assert_close(ours(idx), theirs(idx).logits, atol=1e-5, rtol=1e-4)
+
+
+def test_no_character_changes_what_is_guessed_before_it():
+    model, idx = small_gpt(), torch.randint(11, (2, 7))
+    before = model(idx)
+    for t in range(7):
+        other = idx.clone()
+        other[:, t] = (idx[:, t] + 1) % 11
+        changed = (model(other) - before).abs().amax(dim=(0, 2)) > 1e-7
+        assert changed.tolist() == [False] * t + [True] * (7 - t)
+
+
+def test_greedy_text_is_the_likeliest_character_step_by_step_also_past_the_context():
+    """19 new characters with a context of 7: the cache serves the first 4 steps only."""
+    model = small_gpt()
+    idx = torch.randint(11, (2, 3))
+    step_by_step = idx
+    for _ in range(19):
+        logits = model(step_by_step[:, -7:])[:, -1]
+        step_by_step = torch.cat((step_by_step, logits.argmax(-1, keepdim=True)), dim=1)
+    assert torch.equal(model.generate(idx, 19, temperature=0), step_by_step)
+
+
+def test_the_cache_changes_no_logit():
+    model, idx = small_gpt(), torch.randint(11, (2, 7))
+    cache = model.new_cache(2)
+    parts = [model(idx[:, :3], cache)] + [model(idx[:, t : t + 1], cache) for t in range(3, 7)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), model(idx), atol=1e-5, rtol=1e-4)
+
+
+def test_a_tilted_choice_is_p_times_exp_of_beta_times_reward(monkeypatch):
+    model, idx = small_gpt(), torch.randint(11, (2, 4))
+    reward, drawn_from = torch.randn(2, 11), []
+    monkeypatch.setattr(torch, "multinomial",
+                        lambda p, n: drawn_from.append(p) or p.argmax(-1, keepdim=True))
+    model.generate_reward_augmented(idx, 1, lambda idx: reward, beta=1.7)
+    p = model(idx)[:, -1].softmax(-1)
+    tilted = p * (1.7 * reward).exp()
+    torch.testing.assert_close(drawn_from[0], tilted / tilted.sum(-1, keepdim=True))
+
+
+def test_beta_zero_is_the_model_itself():
+    model, idx, texts = small_gpt(), torch.randint(11, (3, 4)), []
+    for write in (lambda: model.generate(idx, 9, 0.8),
+                  lambda: model.generate_reward_augmented(idx, 9, lambda i: 1 / 0, 0.0, 0.8)):
+        torch.manual_seed(5)
+        texts.append(write())
+    assert torch.equal(*texts)
+
+
+def test_dropout_is_off_while_writing_and_comes_back():
+    model = small_gpt().train()
+    idx = torch.zeros(1, 1, dtype=torch.long)
+    assert torch.equal(model.generate(idx, 6, 0), model.generate(idx, 6, 0)) and model.training
+
+
+@pytest.mark.parametrize(
+    ("call", "complaint"),
+    [
+        (lambda m, i: m.generate(i, 3, -0.1), "temperature is -0.1"),
+        (lambda m, i: m.generate(i, 3, math.nan), "temperature is nan"),
+        (lambda m, i: m.generate(i, -1), "max_new_tokens is -1"),
+        (lambda m, i: m.generate(i[:, :0], 3), "something to continue"),
+        (lambda m, i: m.generate_reward_augmented(i, 3, lambda i: 0, math.inf), "beta is inf"),
+        (lambda m, i: m.generate_reward_augmented(i, 3, lambda i: math.nan, 1), "not finite"),
+        (lambda m, i: m(torch.zeros(1, 8, dtype=torch.long)), "8 characters do not fit"),
+        (lambda m, i: GPT(11, 7, n_embd=10, n_head=4), "n_embd 10 cannot be shared"),
+        (lambda m, i: GPT(0, 7), "vocab_size is 0"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_in_words(call, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        call(small_gpt(), torch.zeros(1, 2, dtype=torch.long))
+
+
+def test_new_characters_leave_what_the_model_knew_as_it_was():
+    old, idx = small_gpt(), torch.randint(11, (2, 5))
+    new, stoi, itos = train.grow_vocabulary(old, list("abcdefghijk"), "!?")
+    torch.testing.assert_close(new.eval()(idx)[..., :11], old(idx))
+    assert new(idx).shape == (2, 5, 13) and stoi["!"] == 11 and itos[12] == "?"
+    assert new.lm_head.weight is new.wte.weight
+
+
+# ---- text to numbers -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [2, 7, 8, 9, 30])
+def test_every_character_but_the_first_is_guessed_once(n):
+    ids = torch.arange(100, 100 + n)
+    inputs, targets = train.windows(ids, 7)
+    real = targets != train.IGNORE
+    assert targets[real].tolist() == ids[1:].tolist() and inputs[real].tolist() == ids[:-1].tolist()
+
+
+def test_lines_are_told_between_line_breaks_and_long_ones_in_pieces():
+    """Block size 4. "ab": \\n a b -> a b \\n. "vwxyz": \\n v w x -> v w x y, then y z -> z \\n."""
+    stoi = {c: i for i, c in enumerate("\nabvwxyz")}
+    inputs, targets, line = train.lines_to_rows(["ab", "vwxyz"], stoi, 4)
+    assert inputs.tolist() == [[0, 1, 2, 0], [0, 3, 4, 5], [6, 7, 0, 0]]
+    assert targets.tolist() == [[1, 2, 0, -1], [3, 4, 5, 6], [7, 0, -1, -1]]
+    assert line.tolist() == [0, 1, 1]
+
+
+def test_the_ladder_is_what_counting_gives():
+    """V = 3, training pairs a->b, b->a, a->b, b->c; validation pair b->a.
+    p(a) = (1+1)/(4+3) = 2/7. p(a|b) = (1 + 2*2/7) / (2 + 2) = 11/28."""
+    rows = (torch.tensor([[0, 1, 0, 1]]), torch.tensor([[1, 0, 1, 2]]))
+    steps = train.ladder(rows, (torch.tensor([[1, 2]]), torch.tensor([[0, -1]])), 3)
+    expected = {"uniform": math.log(3), "unigram": -math.log(2 / 7), "bigram": -math.log(11 / 28)}
+    assert steps == pytest.approx(expected)
+
+
+def test_an_epoch_has_enough_updates_by_smaller_batches_first_then_by_passes():
+    assert train.epoch_plan(100_000, 64, updates=150) == (1, 64)
+    assert train.epoch_plan(900, 64, updates=150) == (1, 6)
+    assert train.epoch_plan(40, 64, updates=150) == (4, 1)
+
+
+# ---- the commands of the documentation, as processes ---------------------------------------------
+
+SNIPPET = '''
+import torch
+from model import GPT
+
+# Load model
+model = GPT(vocab_size=VOCAB_SIZE, block_size=128)
+model.load_state_dict(torch.load('gpt.pth', map_location='cpu'))
+model.eval()
+
+# Prepare seed tokens (tensor of shape [1, context_length])
+idx = torch.tensor([[stoi[ch] for ch in "the cat"]], dtype=torch.long)
+
+# Generate new tokens
+out = model.generate(idx, max_new_tokens=100, temperature=1.0)
+
+# Convert token IDs back to text
+generated = ''.join([itos[i.item()] for i in out[0]])
+print(generated)
+
+reward_fn = char_reward_fn(['g'], stoi)
+out = model.generate_reward_augmented(idx, max_new_tokens=50,
+                                      reward_fn=reward_fn, beta=0.5)
+'''
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A copy of the folder with the files that its documentation speaks of."""
+    folder = tmp_path_factory.mktemp("personal") / "personal_gpt"
+    folder.mkdir()
+    for path in FOLDER.glob("*.py"):
+        shutil.copy(path, folder)
+    (folder / "data.txt").write_text("\n".join(lines_of(60)), "utf-8")
+    rows = [f"{line}|{1 if 'honey' in line else -1}" for line in lines_of(30, seed=1)]
+    (folder / "reward_data.txt").write_text("\n".join(rows), "utf-8")
+    (folder / "path" / "to").mkdir(parents=True)
+    table = [f"{'ab'[i % 2]},{'xy'[i % 2]}" for i in range(30)]
+    (folder / "path" / "to" / "data.csv").write_text("\n".join(["p,q", *table]), "utf-8")
+    return folder
+
+
+def command(folder, line):
+    done = run_process([sys.executable, *line.split()], cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""  # no bars where there is no terminal, no warnings
+    assert done.stdout.splitlines()[-1].startswith("next: python ")
+    return done.stdout
+
+
+def test_train_as_documented_then_the_snippet_as_documented(folder):
+    out = command(folder, "train.py --text data.txt --epochs 5 --batch-size 64 --block-size 128 "
+                  "--output gpt.pth")
+    assert re.match(r"personal_gpt train - \w+ - 0\.6\dM params - seed 1337\n", out)
+    uniform, bigram, now = (float(re.search(rf"{step} (\d\.\d+)", out)[1])
+                            for step in ("uniform", "bigram", "now"))
+    assert now < bigram < uniform  # 0.3 to 0.5, 1.2 and 3.0
+    settings = json.loads((folder / "gpt.json").read_text("utf-8"))
+    before = "\n".join([
+        "import json", "from advanced import char_reward_fn",
+        "itos = list(json.load(open('gpt.json', encoding='utf-8'))['vocabulary'])",
+        "stoi = {c: i for i, c in enumerate(itos)}"])
+    code = before + SNIPPET.replace("VOCAB_SIZE", str(settings["vocab_size"]))
+    done = run_process([sys.executable, "-c", code + "print(out.shape)"], cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("the cat") and "torch.Size([1, 57])" in done.stdout
+    assert len(done.stdout) > 100 and "honey" in done.stdout + out
+
+
+def test_advanced_as_documented(folder):
+    command(folder, "advanced.py --offline-data reward_data.txt --epochs 3 "
+            "--output gpt_offline.pth")
+    assert load_gpt(folder / "gpt_offline.pth")[0].hyperparameters["block_size"] == 128
+
+
+def test_explore_as_documented(folder):
+    out = command(folder, "explore.py --data path/to/data.csv --epochs 2 "
+                  "--output gpt_knowledge.pth")
+    assert "p: a; q: x" in out and "wrote gpt_knowledge.html" in out
+    assert (folder / "gpt_knowledge.pth").exists()
+
+
+# ---- offline RL ----------------------------------------------------------------------------------
+
+
+def test_the_last_bar_separates_text_and_reward():
+    texts, rewards = advanced.parse_rewards("a|b|1\n\n x |-2.5\nc|1e-1\n", "f")
+    assert texts == ["a|b", "x", "c"] and rewards.tolist() == [1.0, -2.5, 0.1]
+
+
+@pytest.mark.parametrize("line", ["no bar", "a|", "a|good", "a|nan", "a|inf", "|1", "a|1,5"])
+def test_every_line_that_is_not_text_and_reward_is_named(line):
+    with pytest.raises(UserError, match=r"1 of 3 lines(.|\n)*line 2: ") as caught:
+        advanced.parse_rewards(f"fine|1\n{line}\nfine|0", "f")
+    assert "text|reward" in str(caught.value)
+
+
+def test_weights_are_a_softmax_of_advantages_with_mean_one():
+    """Rewards 3, 2, 1, temperature 1: 3 softmax(1, 0, -1); e + 1 + 1/e = 4.0862.
+    3e / 4.0862 = 1.9957, 3 / 4.0862 = 0.7342, 3 / e / 4.0862 = 0.2701."""
+    weights = advanced.advantage_weights(torch.tensor([3.0, 2.0, 1.0]).double(), 1.0)
+    assert weights.tolist() == pytest.approx([1.9957, 0.7342, 0.2701], abs=1e-4)
+    lower = advanced.advantage_weights(torch.tensor([-7.0, -8.0, -9.0]).double(), 1.0)
+    torch.testing.assert_close(lower, weights)  # all negative: only differences count
+    assert advanced.effective_size(torch.tensor([2.0, 2.0, 0.0])) == pytest.approx(2)
+
+
+def test_what_is_rewarded_becomes_likelier_and_the_weights_did_it(tmp_path, capsys):
+    """High and low lines are about as easy to learn as each other, so that without weights neither
+    gets far ahead; with them the low ones weigh exp(-4) = 0.02 of the high ones."""
+    r, lines = random.Random(3), []
+    for _ in range(60):
+        word = "".join(r.choice("abcd") for _ in range(2))
+        lines += [f"{word} goes up and up|1", f"{word} sits in it all|-1"]
+    path = tmp_path / "rewards.txt"
+    path.write_text("\n".join(lines), "utf-8")
+    argv = ["--offline-data", str(path), "--epochs", "2", "--control", *SMALL]
+    assert advanced.main(argv) == 0
+    out = capsys.readouterr().out
+    ahead = {name: float(re.search(rf"^{name} .*([+-]\d+\.\d+)$", out, re.MULTILINE)[1])
+             for name in ("before", "after", "unweighted")}
+    assert abs(ahead["before"]) < 0.3 and abs(ahead["unweighted"]) < 0.3, out
+    assert ahead["after"] > max(ahead["before"], ahead["unweighted"]) + 0.25, out
+
+
+# ---- reward-augmented decoding -------------------------------------------------------------------
+
+
+def test_a_stronger_beta_gives_more_of_the_wanted_characters(trained, capsys):
+    """6,400 characters each: the standard error of a share of 5% is 0.3 points."""
+    argv = ["--decode-beta=-2,0,1,2,4", "--wanted", "gb", "--init", str(trained[0]), "--samples",
+            "64"]
+    assert advanced.main(argv) == 0
+    out = capsys.readouterr().out
+    rows = re.findall(r"^ +(-?\d) +(\d+\.\d\d) ", out, re.MULTILINE)
+    shares = [float(share) for _, share in rows]
+    assert len(shares) == 5 and all(b > a + 0.5 for a, b in zip(shares, shares[1:])), out
+
+
+def test_a_wanted_character_that_the_model_cannot_write_is_named():
+    with pytest.raises(UserError, match="never seen 'Q'"):
+        advanced.char_reward_fn("aQ", {"a": 0})
+
+
+# ---- self-alignment ------------------------------------------------------------------------------
+
+
+def test_each_term_pays_once_and_only_as_a_word():
+    terms = ["bee", "honey"]
+    assert advanced.term_reward("A Bee, a bee and a beehive", terms) == 1
+    assert advanced.term_reward("honey, bee!", terms) == 2
+    assert advanced.term_reward("been honeyed", terms) == 0
+
+
+def test_self_alignment_makes_the_wanted_terms_more_frequent(trained, tmp_path, capsys):
+    before = trained[0].read_bytes()
+    argv = ["--self-align", "--domain-terms", "honey,bee", "--init", str(trained[0]), "--rounds",
+            "3", "--samples", "64", "--sample-chars", "40", "--lr", "8e-3", "--output",
+            str(tmp_path / "aligned.pth")]
+    assert advanced.main(argv) == 0
+    out = capsys.readouterr().out
+    first, last = map(float, re.search(r"term (\S+) -> (\S+) %", out).groups())
+    assert last > first + 15, out  # the standard error of such a share is 6 points
+    assert trained[0].read_bytes() == before and load_gpt(tmp_path / "aligned.pth")
+
+
+# ---- calibration ---------------------------------------------------------------------------------
+
+
+def test_the_calibration_error_worked_by_hand():
+    """Ten bins. 0.95: right, off by 0.05, a quarter of all. 0.85 twice, one right: off by 0.35,
+    half of all. 0.35: wrong, off by 0.35, a quarter. 0.0125 + 0.175 + 0.0875 = 0.275."""
+    confidence = torch.tensor([0.95, 0.85, 0.85, 0.35], dtype=torch.float64)
+    correct = torch.tensor([True, True, False, False])
+    ece, table = advanced.calibration_error(confidence, correct)
+    assert ece == pytest.approx(0.275)
+    assert [n for *_, n in table] == [1, 2, 1]
+    assert advanced.calibration_error(torch.ones(3), torch.ones(3).bool())[0] == 0
+
+
+@pytest.mark.parametrize("factor", [0.5, 3.0])
+def test_a_temperature_undoes_the_factor_that_logits_were_multiplied_by(factor):
+    """Targets are drawn from softmax(z), so T = factor makes factor * z honest again."""
+    generator = torch.Generator().manual_seed(1)
+    z = 1.5 * torch.randn(20_000, 7, generator=generator).double()
+    targets = torch.multinomial(z.softmax(-1), 1, generator=generator)[:, 0]
+    fitted, measured = slice(0, 10_000), slice(10_000, None)
+    T = advanced.fit_temperature(factor * z[fitted], targets[fitted])
+    before = advanced.scores_at(factor * z[measured], targets[measured], 1.0)
+    after = advanced.scores_at(factor * z[measured], targets[measured], T)
+    assert T == pytest.approx(factor, rel=0.05)
+    assert after["ece"] < 0.02 < 0.1 < before["ece"] and after["nll"] < before["nll"]
+
+
+def test_calibration_lowers_the_error_on_text_that_is_neither_trained_nor_fitted_on(
+        trained, tmp_path, capsys):
+    """Lines of another kind: the model is far too sure of itself."""
+    for ending in (".pth", ".json"):
+        shutil.copy(trained[0].with_suffix(ending), tmp_path / f"gpt{ending}")
+    other = tmp_path / "other.txt"
+    other.write_text((FOLDER / "examples" / "data.txt").read_text("utf-8").lower(), "utf-8")
+    argv = ["--calibrate", str(other), "--init", str(tmp_path / "gpt.pth")]
+    assert advanced.main(argv) == 0
+    out = capsys.readouterr().out
+    before, after = map(float, re.search(r"ECE (\S+) -> (\S+) \(n=", out).groups())
+    assert after < before / 2, out
+    settings = json.loads((tmp_path / "gpt.json").read_text("utf-8"))
+    assert settings["calibration_temperature"] > 1.2
+    assert (tmp_path / "gpt_reliability.png").read_bytes().startswith(b"\x89PNG")
+    assert load_gpt(tmp_path / "gpt.pth")
+
+
+def test_calibration_never_uses_text_that_the_model_was_trained_on(trained, tmp_path, capsys):
+    settings = model_module.read_settings(trained[0])
+    text = trained[1].read_text("utf-8")
+    unseen = advanced.unseen_part(text, settings, "data.txt")
+    assert unseen == text[int(len(text) * 0.9) :]
+    assert "only its held-out end" in capsys.readouterr().out
+    with pytest.raises(UserError, match="trained on all of it"):
+        advanced.unseen_part(text, {"trained_on": {"sha256": train.digest(text)}}, "data.txt")
+
+
+def test_calibration_looks_at_each_guess_once_with_the_context_it_has():
+    model = small_gpt()
+    ids = torch.randint(11, (23,))
+    logits, targets, window = advanced.logits_of(model, ids)
+    assert targets.tolist() == ids[1:].tolist() and window.tolist() == sorted(window.tolist())
+    # the half of 7 is 3: guess 13 belongs to window 4 (12..14), whose context begins at 9
+    expected = model(ids[None, 9:15])[0, 13 - 9].double()
+    torch.testing.assert_close(logits[13], expected, atol=1e-5, rtol=1e-4)
+
+
+# ---- explore: reading ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+def test_the_delimiter_is_found(delimiter):
+    lines = [delimiter.join(["name", "said, or not", "n"]).replace(",", "" if delimiter == ","
+             else ",")] + [delimiter.join(["Ana", "a: b.c", "1"])] * 4
+    assert explore.sniff_delimiter([line + "\n" for line in lines]) == delimiter
+
+
+RAGGED = """name,city
+Ana,Paris
+Tom
+Ida,Rome,Italy
+
+Bo,Oslo,,
+"Eve, the
+second",Bonn
+"Max,Kiel
+Lea,Graz
+"""
+
+
+def test_ragged_rows_are_named_with_their_line_and_all_others_are_kept():
+    """Line 7 to 8 is one row (quotes); the quote of line 9 is never closed, line 10 is fine."""
+    rows, bad, _ = explore.rows_of_csv(RAGGED)
+    assert [(row.number, row.values["name"]) for row in rows] == [
+        (2, "Ana"), (6, "Bo"), (7, "Eve, the second"), (10, "Lea")]
+    assert [number for number, _ in bad] == [3, 4, 9]
+    assert bad[0][1] == "1 cells, but the header has 2"
+    assert "3 cells" in bad[1][1] and "not CSV" in bad[2][1]
+
+
+def test_nested_json_becomes_fields_and_broken_lines_are_named():
+    text = ('{"a": {"b": 1, "c": [1, "x"]}, "d": null, "e": true, "f": ""}\n'
+            '{"a": {"b": 2}, "g": [{"h": 3}, {"h": 4}], "i": "one;\\ntwo"}\n'
+            '{"a": \n[1, 2]\n\n7\n{}\n' + "[" * 100_000 + "\n")
+    rows, bad, _ = explore.rows_of_jsonl(text)
+    assert [row.text for row in rows] == ["a.b: 1; a.c: 1, x; e: true",
+                                          "a.b: 2; g.1.h: 3; g.2.h: 4; i: one, two"]
+    assert [number for number, _ in bad] == [3, 4, 6, 7, 8]
+    assert "a list" in bad[1][1] and "empty" in bad[3][1]
+
+
+def test_columns_without_a_name_or_with_the_same_get_one():
+    assert explore.header_names(["a", "", "a", "b: c"]) == ["a", "column 2", "a 3", "b c"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32", "cp1252"])
+def test_every_usual_encoding_is_read(tmp_path, encoding):
+    path = tmp_path / "data.csv"
+    path.write_bytes(("caf\u00e9,n\r\n" + "Zo\u00eb,1\r\n" * 9).encode(encoding))
+    rows, bad, notes = explore.read_rows(path)
+    assert [row.text for row in rows] == ["caf\u00e9: Zo\u00eb; n: 1"] * 9 and not bad
+    assert len(notes) == (2 if encoding == "cp1252" else 1)  # a guess is made aloud
+    assert "cp1252" in notes[-1] or encoding != "cp1252"
+
+
+# ---- explore: what it finds ----------------------------------------------------------------------
+
+
+def test_co_occurrences_worked_by_hand():
+    """20 rows, a = x in 10, b = 1 in 10, together in 8: by chance 10 * 10 / 20 = 5, lift 1.6."""
+    pairs = [("x", "1")] * 8 + [("x", "2")] * 2 + [("y", "1")] * 2 + [("y", "2")] * 8
+    rows = [explore.Row(i, {"a": a, "b": b}, "") for i, (a, b) in enumerate(pairs)]
+    table = explore.co_occurrences(rows, min_count=3)
+    assert table == [("a = x", "b = 1", 8, 5.0, 1.6), ("a = y", "b = 2", 8, 5.0, 1.6)]
+    assert explore.co_occurrences(rows, min_count=9) == []
+
+
+def test_terms_worked_by_hand():
+    """Four rows. "red": twice, in one row. "tea": twice, in two. "the": in all four, ln 1 = 0."""
+    rows = [explore.Row(i, {}, text) for i, text in enumerate(
+        ["the red Red", "the tea", "the tea", "the"])]
+    twice = 1 + math.log(2)
+    expected = [("red", 2, 1, twice * math.log(4)), ("tea", 2, 2, twice * math.log(2)),
+                ("the", 4, 4, 0.0)]
+    assert explore.term_statistics(rows) == expected
+
+
+@pytest.fixture(scope="module")
+def explored(tmp_path_factory):
+    """What was said of a table with a planted pair (night, owl) and a planted row (line 62)."""
+    folder = tmp_path_factory.mktemp("explored")
+    r, lines = random.Random(4), ["time,bird,where"]
+    for _ in range(120):
+        if r.random() < 0.3:
+            lines.append("night,owl,mill")
+        else:
+            bird = r.choice(["wren", "robin"])
+            place = r.choice(["wall", "<b>hedge</b>"])
+            lines.append(f"{r.choice(['morning', 'evening'])},{bird},{place}")
+    lines[61] = "night,penguin,chimney"
+    lines[20] += ",too,many"
+    (folder / "birds.csv").write_text("\n".join(lines), "utf-8")
+    done = run_process([sys.executable, FOLDER / "explore.py", "--data", "birds.csv", "--epochs",
+                        "3", "--output", "k.pth", "--complete", "bird: owl; where: ", *SMALL],
+                       cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, (folder / "k.html").read_text("utf-8")
+
+
+def test_the_planted_row_is_the_most_surprising_one(explored):
+    table = explored[0].partition("most surprising rows")[2].splitlines()[2]
+    assert table.split()[1] == "62" and "penguin" in table, explored[0]
+
+
+def test_the_planted_pair_comes_first_among_the_co_occurrences(explored):
+    first = explored[0].partition("co-occurrences (")[2].splitlines()[2]
+    assert "owl" in first and ("night" in first or "mill" in first), explored[0]
+
+
+def test_the_model_expects_the_value_that_belongs_there(explored):
+    """Also from a row that lacks its first field; and better than the commonest value."""
+    first = explored[0].partition("next values (")[2].splitlines()[2]
+    assert re.search(r"where: +([6-9]\d|100)%  mill", first), explored[0]
+    right, common = re.search(r"^  where +\d+ +(\d+)% +(\d+)%", explored[0], re.MULTILINE).groups()
+    assert int(right) > int(common) + 20, explored[0]
+
+
+def test_bad_rows_are_counted_and_named(explored):
+    assert "1 bad ones left out" in explored[0]
+    assert "line 21: 5 cells, but the header has 3" in explored[0]
+
+
+def test_the_page_escapes_the_data_and_loads_nothing(explored):
+    page = explored[1]
+    assert "<b>" not in page and "&lt;b&gt;hedge" in page
+    assert "default-src 'none'" in page and "<script" not in page
+    assert not re.search(r"(src|href)=|url\(|@import", page)
+    assert "penguin" in re.sub(r"<[^>]+>", "", page) and "5 cells, but the header has 3" in page
+
+
+# ---- files and mistakes --------------------------------------------------------------------------
+
+
+def test_a_stranger_model_file_runs_no_code(trained, tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "ran"), "w"))
+
+    shutil.copy(trained[0].with_suffix(".json"), tmp_path / "gpt.json")
+    torch.save({"x": Bomb()}, tmp_path / "gpt.pth")
+    with pytest.raises(UserError, match="does not fit"):
+        load_gpt(tmp_path / "gpt.pth")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda p: p.unlink(), "holds the vocabulary"),
+        (lambda p: p.write_text("{", "utf-8"), "cannot be read"),
+        (lambda p: p.write_text("[]", "utf-8"), "not written by train.py"),
+        (lambda p: p.write_text(p.read_text("utf-8").replace('"n_layer": 1', '"n_layer": 2'),
+                                "utf-8"), "does not fit"),
+        (lambda p: p.write_text(re.sub('"vocabulary": "..', '"vocabulary": "',
+                                       p.read_text("utf-8")), "utf-8"), "does not describe"),
+    ],
+)
+def test_a_json_that_is_missing_or_does_not_fit_is_named(trained, tmp_path, change, complaint):
+    for ending in (".pth", ".json"):
+        shutil.copy(trained[0].with_suffix(ending), tmp_path / f"gpt{ending}")
+    change(tmp_path / "gpt.json")
+    with pytest.raises(UserError, match=complaint):
+        load_gpt(tmp_path / "gpt.pth")
+
+
+HOSTILE = [
+    (train, "--text none.txt", "none.txt cannot be read: No such file"),
+    (train, "--text empty.txt", "empty.txt is empty"),
+    (train, "--text latin.txt", "is not UTF-8 text"),
+    (train, "--text short.txt --output new.pth", "--block-size"),
+    (train, "--text good.txt --output nowhere/gpt.pth", "mkdir -p"),
+    (train, "--text good.txt --output good.txt", "good.txt"),
+    (train, "--text good.txt --output mine.pth", "no model of this program"),
+    (train, "--text good.txt --output new.json", "another ending"),
+    (train, "--text good.txt --epochs 0", "--epochs 0: must be 1 or more"),
+    (train, "--text good.txt --lr nan", "--lr nan"),
+    (train, "--text good.txt --n-embd 10 --n-head 4", "n_embd 10"),
+    (train, "--text good.txt --init none.pth", "no such model"),
+    (train, "--text good.txt --init good.txt", "good.json is missing"),
+    (train, "--text good.txt --init mine.pth", "mine.json is missing"),
+    (train, "--text good.txt --val-fraction 2", "characters"),
+    (advanced, "--offline-data bad_rewards.txt --output new.pth", "line 2"),
+    (advanced, "--offline-data good.txt", "text|reward"),
+    (advanced, "--offline-data two.txt", "too few"),
+    (advanced, "--offline-data two.txt --reward-temperature 0", "more than 0"),
+    (advanced, "--decode-beta 1 --wanted g", "--init gpt.pth"),
+    (advanced, "--decode-beta 1,x --wanted g --init none.pth", "finite numbers"),
+    (advanced, "--decode-beta 1 --init none.pth", "--wanted g"),
+    (advanced, "--self-align --init none.pth", "--domain-terms"),
+    (advanced, "--calibrate good.txt --init none.pth", "no such model"),
+    (explore, "--data none.csv", "cannot be read"),
+    (explore, "--data good.pdf", "the ending says"),
+    (explore, "--data empty.csv", "is empty"),
+    (explore, "--data zero.csv", "zero bytes"),
+    (explore, "--data few.csv", "8 are the least"),
+    (explore, "--data table.csv --report good.txt", "no page of this program"),
+    (explore, "--data table.csv --complete city", "End it in one"),
+    (explore, "--data table.csv --complete b:\u2603", "no value of b"),
+    (explore, "--data table.csv --folds 1", "--folds 1: must be 2"),
+]
+
+
+@pytest.mark.parametrize(("module", "argv", "words"), HOSTILE)
+def test_a_mistake_is_one_message_and_nothing_is_overwritten(module, argv, words, tmp_path,
+                                                             monkeypatch, capsys):
+    files = {
+        "good.txt": b"the cat sees the dog\n" * 40, "empty.txt": b" \n", "short.txt": b"abc" * 30,
+        "latin.txt": "caf\u00e9\n".encode("latin-1") * 99, "mine.pth": b"my own notes",
+        "bad_rewards.txt": b"fine|1\nbad|x\n", "two.txt": b"a|1\nb|0\n", "empty.csv": b"",
+        "zero.csv": b"a,b\n\0\0\n", "few.csv": b"a,b\n1,2\n", "good.pdf": b"x",
+        "table.csv": b"a,b\n" + b"1,2\n1,3\n" * 8,
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    monkeypatch.chdir(tmp_path)
+    assert module.main(argv.split()) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and words in err and "Traceback" not in err
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == files
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_writes_nothing(trained, tmp_path, capsys,
+                                                                    monkeypatch):
+    monkeypatch.setattr(train, "token_losses",
+                        lambda model, x, y: model(x).sum(-1) * math.nan)
+    argv = ["--text", str(trained[1]), "--output", str(tmp_path / "gpt.pth"), *SMALL]
+    assert train.main(argv) == 2
+    assert "--lr 0.0003" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_ctrl_c_saves_the_best_so_far_and_says_how_to_go_on(trained, tmp_path, capsys, monkeypatch):
+    real, calls = train.token_losses, []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 60:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(train, "token_losses", interrupted)
+    out = str(tmp_path / "gpt.pth")
+    assert train.main(["--text", str(trained[1]), "--output", out, *SMALL]) == 130
+    said = capsys.readouterr()
+    assert f"--init {out}" in said.err and "Ctrl-C" in said.err
+    before, after = map(float, re.search(r"val loss (\S+) -> (\S+)", said.out).groups())
+    assert after < before and load_gpt(out)
+
+
+def test_going_on_from_a_model_keeps_what_it_knew_and_takes_new_characters(trained, tmp_path,
+                                                                           capsys):
+    text = tmp_path / "more.txt"
+    lines = [line.upper() for line in lines_of(60, seed=8)] + lines_of(60)
+    text.write_text("\n".join(lines), "utf-8")
+    argv = ["--text", str(text), "--init", str(trained[0]), "--epochs", "1", "--sample-chars", "9"]
+    assert train.main(argv) == 0
+    out = capsys.readouterr().out
+    assert "has never seen 'ABCDEFGHIKLNORSTY'" in out
+    assert float(re.search(r"val loss (\S+) ->", out)[1]) < 1.5  # from scratch it would be above 3
+
+
+def test_the_same_seed_gives_the_same_model(trained, tmp_path):
+    runs = []
+    for name in ("a.pth", "b.pth"):
+        argv = ["--text", str(trained[1]), "--output", str(tmp_path / name), "--epochs", "1"]
+        train.main([*argv, "--n-embd", "8", "--n-layer", "1", "--n-head", "2",
+                    "--block-size", "16"])
+        runs.append(torch.load(tmp_path / name, weights_only=True))
+    assert all(torch.equal(runs[0][key], runs[1][key]) for key in runs[0])
+
+
+def test_the_examples_are_what_the_documentation_says():
+    examples = FOLDER / "examples"
+    texts, rewards = advanced.parse_rewards(
+        (examples / "reward_data.txt").read_text("utf-8"), "reward_data.txt")
+    assert len(texts) == len(set(texts)) == 120 and any("|" in text for text in texts)
+    assert set(rewards.tolist()) <= {x / 10 for x in range(-10, 11)}
+    for name in ("data.csv", "data.jsonl", "data.txt"):
+        assert explore.read_rows(examples / name)[1] == []
