@@ -50,10 +50,10 @@ class Block:
 
 
 def read_scripts(folder):
-    """{path relative to folder: its lines, line ends kept}."""
+    """{name of a script: its lines, line ends kept}; the systems in folders stand for themselves."""
     return {
         path.relative_to(folder).as_posix(): path.read_text("utf-8").splitlines(keepends=True)
-        for path in sorted(folder.rglob("*.py"))
+        for path in sorted(folder.glob("*.py"))
     }
 
 

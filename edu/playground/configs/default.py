@@ -14,7 +14,7 @@ data = {
 
 tokenizer = {
     "kind": "unigram",  # unigram, bpe
-    "vocab_size": 1024,
+    "vocab_size": 2048,
 }
 
 model = {

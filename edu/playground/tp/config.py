@@ -41,7 +41,7 @@ class DataConfig:
 @dataclass(frozen=True)
 class TokenizerConfig:
     kind: str = option("unigram", "sentencepiece model", choices=("unigram", "bpe"))
-    vocab_size: int = option(1024, "pieces, 256 bytes and 4 specials among them", low=261)
+    vocab_size: int = option(2048, "pieces, 256 bytes and 4 specials among them", low=261)
 
 
 @dataclass(frozen=True)
