@@ -305,7 +305,7 @@ def test_every_pair_of_choices_that_goes_together_trains_and_looks_at_no_future_
 
 def test_choices_are_refused_exactly_where_something_is_asked_for_that_is_not_there():
     rng, refused = random.Random(3), 0
-    for _ in range(600):
+    for _ in range(300):
         choice = {key: rng.choice(values) for key, values in FACTORS.items()}
         made = config.apply_overrides(config.RunConfig(), [
             "model.n_embd=12", "model.n_head=3", *(f"{k}={v}" for k, v in choice.items())])
@@ -316,7 +316,7 @@ def test_choices_are_refused_exactly_where_something_is_asked_for_that_is_not_th
             refused += 1
             assert not makes_sense(choice), (choice, error)
             assert "{" not in str(error)
-    assert refused > 100
+    assert refused > 50
 
 
 @pytest.mark.parametrize("overrides, reason", [
@@ -600,12 +600,12 @@ class Letters:
 
 
 def test_a_long_phrase_becomes_rows_in_which_every_token_is_predicted_once():
-    """abcdefg in blocks of 3: [BOS a b c] [c d e f] [f g EOS]."""
-    rows = data.to_rows(["abcdefg", "h"], Letters(), 3)
-    assert rows == [[2, 4, 5, 6], [6, 7, 8, 9], [9, 10, 3], [2, 11, 3]]
+    """abcdefg in blocks of 3: [BOS a b c] [c d e f] [f g EOS]; hi fills one block exactly."""
+    rows = data.to_rows(["abcdefg", "hi"], Letters(), 3)
+    assert rows == [[2, 4, 5, 6], [6, 7, 8, 9], [9, 10, 3], [2, 11, 12, 3]]
     inputs, targets = data.collate(rows)
-    assert inputs.tolist() == [[2, 4, 5], [6, 7, 8], [9, 10, 0], [2, 11, 0]]
-    assert targets.tolist() == [[4, 5, 6], [7, 8, 9], [10, 3, -1], [11, 3, -1]]
+    assert inputs.tolist() == [[2, 4, 5], [6, 7, 8], [9, 10, 0], [2, 11, 12]]
+    assert targets.tolist() == [[4, 5, 6], [7, 8, 9], [10, 3, -1], [11, 12, 3]]
 
 
 def test_an_epoch_holds_every_row_once_and_its_order_follows_from_seed_and_epoch():
@@ -917,17 +917,17 @@ def run_until(rows, run, command, stop):
 def test_ctrl_c_and_then_kill_9_and_the_end_is_that_of_a_straight_run(place):
     """21 rows. Ctrl-C after 2 saves where it is; the run goes on from there, is killed after 5,
     and goes on again from what it saved last."""
-    settings, run = ["train.steps=240", "train.eval_every=12"], runs.Run("runs", "a")
+    settings, run = ["train.steps=160", "train.eval_every=8"], runs.Run("runs", "a")
     command = f"tp train --config configs/default.py --run-id a --set {' '.join(settings)}"
     code, said = run_until(2, run, command, signal.SIGINT)
     assert code == 130 and "Traceback" not in said
     assert "tp train --runs-dir runs --resume a" in said
     summary = run.load_summary()
-    assert summary["status"] == "stopped" and 12 <= summary["steps"] < 240
+    assert summary["status"] == "stopped" and 8 <= summary["steps"] < 160
     assert run.load_checkpoint("last")["step"] == summary["steps"]
 
     code, said = run_until(5, run, "tp train --resume a", signal.SIGKILL)
-    assert code == -signal.SIGKILL and f"resumed at step {summary['steps']} of 240" in said
+    assert code == -signal.SIGKILL and f"resumed at step {summary['steps']} of 160" in said
     assert run.load_summary()["status"] == "running" and len(run.load_metrics()) < 20
 
     assert cli.main(["train", "--resume", "a"]) == 0
@@ -1121,11 +1121,32 @@ def test_flags_left_out_of_generate_come_from_the_runs_config(place, monkeypatch
                         "max_new_tokens": 9}
 
 
-def test_a_users_mistake_is_one_message_and_exit_code_2(place):
-    done = tp_process("tp train --config configs/default.py --set model.n_layers=3", place)
-    assert done.returncode == 2 and done.stdout == "" and "Traceback" not in done.stderr
-    assert done.stderr.startswith("error: --set model.n_layers=3: there is no setting")
-    assert not Path("runs").exists()
+def test_a_users_mistake_is_one_message_and_exit_code_2(place, capsys):
+    for line, message in (
+        ("train --config configs/default.py --set model.n_layers=3", "there is no setting"),
+        ("train --config configs/other.py", "cannot read the config configs/other.py: No such"),
+        ("train --set model.n_head=5", "cannot be shared out among model.n_head=5"),
+        ("train --run-id a --resume a", "leave out --run-id"),
+        ("train --runs-dir phrases.txt", "cannot make the folder phrases.txt"),
+        ("generate --run-id nobody", "runs has no run 'nobody'. Its runs, newest last:\n  none"),
+    ):
+        assert cli.main(shlex.split(line)) == 2, line
+        out, err = capsys.readouterr()
+        assert out == "" and err.startswith("error: ") and message in err, (line, err)
+    for line in ("", "nothing", "train --no-such-flag", "generate", "generate --run-id a --top-p x",
+                 "generate --run-id a --prompt a --unconditional"):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(shlex.split(line))
+        assert ended.value.code == 2 and "usage: tp" in capsys.readouterr().err
+    assert sorted(os.listdir()) == ["configs", "phrases.txt"]
+
+
+def test_every_key_is_listed_with_its_default_and_what_it_takes(place, capsys):
+    assert cli.main(["train", "--list-keys"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(config.flatten(config.RunConfig()))
+    assert re.search(r"^model.n_layer +3 +blocks: a whole number from 1 to 64$", "\n".join(lines),
+                     re.M)
 
 
 def test_the_configs_data_is_found_from_elsewhere_and_a_runs_config_makes_the_run_again(place):

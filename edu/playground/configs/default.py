@@ -19,7 +19,7 @@ tokenizer = {
 
 model = {
     "n_layer": 3,
-    "n_embd": 128,
+    "n_embd": 96,
     "block_size": 32,
     "dropout": 0.1,
     "attention_enabled": True,
@@ -41,11 +41,11 @@ model = {
 }
 
 train = {
-    "steps": 360,
+    "steps": 400,
     "batch_size": 64,
     "optimizer": "muon",  # adamw, muon, sgd
-    "lr": 0.003,
-    "muon_lr": 0.02,
+    "lr": 0.005,
+    "muon_lr": 0.03,
     "weight_decay": 0.1,
     "momentum": 0.9,
     "beta2": 0.99,

@@ -47,7 +47,7 @@ class TokenizerConfig:
 @dataclass(frozen=True)
 class ModelConfig:
     n_layer: int = option(3, "blocks", low=1, high=64)
-    n_embd: int = option(128, "C, the width of the residual stream", low=1)
+    n_embd: int = option(96, "C, the width of the residual stream", low=1)
     block_size: int = option(32, "longest context, in tokens", low=2)
     dropout: float = option(0.1, "on the embeddings and on what a block adds", low=0, high=0.9)
 
@@ -78,12 +78,12 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    steps: int = option(360, "updates", low=1)
+    steps: int = option(400, "updates", low=1)
     batch_size: int = option(64, "phrases in a batch", low=1)
     optimizer: str = option("muon", "muon: for the matrices of the blocks, adamw for the rest",
                             choices=("adamw", "muon", "sgd"))
-    lr: float = option(3e-3, "peak learning rate", above=0)
-    muon_lr: float = option(0.02, "that of Muon's matrices", above=0)
+    lr: float = option(5e-3, "peak learning rate", above=0)
+    muon_lr: float = option(0.03, "that of Muon's matrices", above=0)
     weight_decay: float = option(0.1, "decoupled, on matrices only", low=0)
     momentum: float = option(0.9, "beta 1 of adamw; momentum of muon and sgd", low=0, high=0.999)
     beta2: float = option(0.99, "of adamw", above=0, high=0.9999)
@@ -411,8 +411,8 @@ RULES = (
     (lambda m, t: (m.mlp_enabled and m.mlp_kind in ("relu2", "swiglu") and m.norm == "none"
                    and not m.residual),
      "model.mlp_kind={m.mlp_kind} multiplies small numbers with each other; with neither a norm "
-     "nor a residual (model.norm=none, model.residual=false) what is left after a few blocks is zero, "
-     "and no gradient arrives. Use --set model.mlp_kind=gelu, or a norm"),
+     "nor a residual (model.norm=none, model.residual=false) what is left after a few blocks is "
+     "zero, and no gradient arrives. Use --set model.mlp_kind=gelu, or a norm"),
     (lambda m, t: t.warmup_steps >= t.steps,
      "train.warmup_steps={t.warmup_steps} leaves nothing of train.steps={t.steps}. Use fewer, for "
      "example --set train.warmup_steps=0"),
