@@ -355,7 +355,7 @@ def test_groups_are_runs_that_differ_in_the_seed_only(tmp_path, capsys):
         assert group["sd"] == pytest.approx(statistics.stdev(values))
         assert (group["low"], group["high"], group["n"]) == (min(values), max(values), len(values))
     # 95% of the difference .475 with se^2 = .01/3 + .03125/2, df 1.44: it reaches below zero.
-    assert "no winner" in leaderboard.verdict([first, second], "nats per token")
+    assert "no winner" in leaderboard.verdicts([first, second])[0]
     assert cli.main(["leaderboard", "--runs-dir", str(tmp_path), "--csv", "--json"]) == 0
     said = capsys.readouterr().out
     assert "dropout" not in said and re.search(r"1 +4 +2 +2\.6250 +0\.1768 ", said)
@@ -368,9 +368,11 @@ def test_a_difference_beyond_the_spread_is_called_one():
     """Means .5 apart, standard deviations .01: 50 of them."""
     groups = [{"values": [2.0, 2.01, 1.99], "mean": 2.0, "n": 3},
               {"values": [2.5, 2.51, 2.49], "mean": 2.5, "n": 3}]
-    assert "more than the seeds' spread" in leaderboard.verdict(groups, "nats per token")
+    # se^2 = 2 (.0001 / 3), df 4: .5 +- 2.776 * .00816 = .4773 to .5227
+    said = "2 lies 0.5000 above 1, 95% interval 0.4773 to 0.5227 (Welch, 3 and 3 seeds): more than"
+    assert leaderboard.verdicts(groups)[0].startswith(said)
     one_seed = [{"values": [2.0], "mean": 2.0, "n": 1}, {"values": [2.5], "mean": 2.5, "n": 1}]
-    assert "spread is not known" in leaderboard.verdict(one_seed, "nats per token")
+    assert "spread is not known" in leaderboard.verdicts(one_seed)[0]
 
 
 def test_what_cannot_be_ranked_is_named_and_stops_nothing(tmp_path, capsys):
@@ -633,7 +635,7 @@ def test_report_as_the_seed_calls_it(here):
         len({w for t in texts for w in t.split()}) / sum(len(t.split()) for t in texts))
     assert measures["new_phrases"]["n"] == sum(bool(t.strip()) for t in texts)
     assert measures["ended"]["n"] == 20 and measures["empty"]["n"] == 20
-    # What a person wrote and the model never saw: no phrase of it can be an old one.
+    # Validation phrases are kept out of training: none of them can be an old one.
     assert told["validation_phrases"]["new_phrases"]["share"] == 1 and held_out
     assert sum(row["n"] for row in told["losses"]["calibration"]["bins"]) == (
         told["losses"]["val"]["tokens"])

@@ -191,21 +191,22 @@ def welch(a, b):
     return difference, difference - reach, difference + reach
 
 
-def verdict(groups, unit):
-    """One sentence: whether first and second differ by more than the seeds do."""
+def verdicts(groups, most=6):
+    """One line for each of the next groups: does it lie further from the first than seeds do?"""
     if len(groups) < 2:
-        return "one group: nothing to compare it with"
-    first, second = groups[:2]
-    interval = welch(first["values"], second["values"])
-    if interval is None:
-        return (f"1 and 2 differ by {second['mean'] - first['mean']:.4f} {unit}; with one seed the "
-                "spread is not known: give each at least three (tp sweep --seeds 1,2,3)")
-    difference, low, high = interval
-    said = (f"1 lies {difference:.4f} {unit} below 2, 95% interval {low:.4f} to {high:.4f} "
-            f"(Welch, {first['n']} and {second['n']} seeds)")
-    if low > 0:
-        return said + ": more than the seeds' spread"
-    return said + ": within the seeds' spread, so no winner between them"
+        return ["one group: nothing to compare it with"]
+    lines = []
+    for place, group in enumerate(groups[1:most], 2):
+        interval = welch(groups[0]["values"], group["values"])
+        if interval is None:
+            lines.append(f"{place} lies {group['mean'] - groups[0]['mean']:.4f} above 1; with one "
+                         "seed the spread is not known: tp sweep --seeds 1,2,3")
+            continue
+        difference, low, high = interval
+        said = "more than the seeds' spread" if low > 0 else "within the seeds' spread, no winner"
+        lines.append(f"{place} lies {difference:.4f} above 1, 95% interval {low:.4f} to {high:.4f} "
+                     f"(Welch, {groups[0]['n']} and {group['n']} seeds): {said}")
+    return lines
 
 
 # ---- what is printed and written -----------------------------------------------------------------
@@ -269,7 +270,7 @@ def print_board(board):
     if not groups:
         return
     print()
-    header = ["rank", *names.values(), "seeds", f"{board['by']} mean", "sd", "range", "bpb",
+    header = ["rank", *names.values(), "seeds", "mean", "sd", "range", "bpb",
               "parameters", "best step", "seconds"]
     rows = []
     for place, group in enumerate(groups, 1):
@@ -280,8 +281,8 @@ def print_board(board):
             number(group["parameters"]), number(group["best_step"], 0),
             number(group["seconds"], 1)])
     print("\n".join(table(header, rows)))
-    print(f"{board['by']} in {UNITS[board['by']]}, less is better; the other columns are means")
-    print(verdict(groups, UNITS[board["by"]]))
+    print(f"mean, sd, range: {board['by']} in {UNITS[board['by']]}, less is better")
+    print("\n".join(verdicts(groups)))
 
 
 def as_rows(boards):

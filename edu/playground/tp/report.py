@@ -2,7 +2,7 @@
 
 A low loss alone does not tell a model that writes from one that recites. So the samples are held
 against the training phrases (new phrases, new n-grams, longest stretch copied) and against as many
-validation phrases, which a person wrote: they show what each measure is for text that is new.
+validation phrases, which it never saw: they show what each measure is for text that is new.
 """
 
 import math
