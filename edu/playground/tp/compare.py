@@ -136,7 +136,8 @@ def sample_lines(runs, names, args):
             continue
         seed = config.seed if seed is None else seed
         options = {**sampling_options(args, config), "seed": seed}
-        used.append(", ".join(f"{key} {value!r}" for key, value in options.items()))
+        used.append(", ".join("unconditional" if (key, value) == ("prompt", None) else
+                              f"{key} {value!r}" for key, value in options.items()))
         drawn.append([visible(text) or "(empty)" for text in generate(model, tokenizer, **options)])
     for line in dict.fromkeys(used):
         yield f"samples: {line}"
