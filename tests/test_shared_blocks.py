@@ -50,7 +50,7 @@ class Block:
 
 
 def read_scripts(folder):
-    """{name of a script: its lines, line ends kept}; the systems in folders stand for themselves."""
+    """{name: lines, line ends kept} of the scripts; systems in folders of their own are none."""
     return {
         path.relative_to(folder).as_posix(): path.read_text("utf-8").splitlines(keepends=True)
         for path in sorted(folder.glob("*.py"))
