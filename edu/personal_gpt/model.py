@@ -115,7 +115,7 @@ class GPT(nn.Module):
     make no model and for a text longer than block_size.
     """
 
-    def __init__(self, vocab_size, block_size, n_embd=128, n_layer=3, n_head=4, dropout=0.1):
+    def __init__(self, vocab_size, block_size, n_embd=128, n_layer=3, n_head=4, dropout=0.0):
         super().__init__()
         sizes = {"vocab_size": vocab_size, "block_size": block_size, "n_embd": n_embd,
                  "n_layer": n_layer, "n_head": n_head}

@@ -4,7 +4,7 @@
 
 The text is cut in two: the model learns from the start and is measured on the end, which it never
 sees. An epoch shows it every character once, in windows of block_size that do not overlap, in a new
-order and cut at a new place each time; a text too short for 150 updates is gone through several
+order and cut at a new place each time; a text too short for 120 updates is gone through several
 times an epoch. What is kept is the model of the best validation loss.
 
 Read beside nanoGPT's train.py: the same optimizer and schedule, without its configuration.
@@ -33,7 +33,8 @@ from model import (
 from tqdm import tqdm
 
 IGNORE = -1  # a target that is no target: padding
-UPDATES = 150  # an epoch has at least this many, where the data allow it
+UPDATES = 120  # an epoch of windows has at least this many
+ROW_UPDATES = 80  # and one of rows: they are shorter, and more alike
 VAL_ROWS = 128  # rows to measure on while training: the loss of more would hardly be another
 
 # ---- text to numbers -----------------------------------------------------------------------------
@@ -364,14 +365,14 @@ def add_training_flags(parser, epochs):
     add = parser.add_argument
     add("--epochs", type=int, default=epochs, help="times through the data; default: %(default)s")
     add("--batch-size", type=int, default=64, help="rows per update, at most: fewer where an epoch "
-        f"would have less than {UPDATES} updates; default: %(default)s")
+        "would have too few updates; default: %(default)s")
     add("--block-size", type=int, help="context length in characters; default: 128")
     add("--output", metavar="FILE", help="write the weights here, the vocabulary beside it (.json)")
     add("--init", metavar="FILE", help="go on from this model instead of from random weights")
     add("--n-embd", type=int, default=128, help="channels; default: %(default)s")
     add("--n-layer", type=int, default=3, help="blocks; default: %(default)s")
     add("--n-head", type=int, default=4, help="heads; default: %(default)s")
-    add("--dropout", type=float, default=0.1, help="default: %(default)s")
+    add("--dropout", type=float, default=0.0, help="default: %(default)s")
     add("--lr", type=float, default=1e-3, help="greatest learning rate; default: %(default)s")
     add("--seed", type=int, default=1337, help="default: %(default)s")
 
