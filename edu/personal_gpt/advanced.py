@@ -134,12 +134,16 @@ def reward_temperature(rewards, given):
 
 
 def train_weighted(model, texts, weights, held_out_lines, stoi, args):
-    """fit() on weighted lines; validation on the better half of what is held out."""
+    """fit() on weighted lines, measured on held-out lines of high reward.
+
+    No best moment is picked: two runs that are to be compared must have had the same updates.
+    """
     inputs, targets, line = lines_to_rows(texts, stoi, model.block_size)
     rows = (inputs, targets, weights.float()[line])
     val = lines_to_rows(held_out_lines, stoi, model.block_size)[:2]
     result = fit(model, lambda generator: rows, val, epochs=args.epochs,
-                 batch_size=args.batch_size, lr=args.lr, seed=args.seed, updates=ROW_UPDATES)
+                 batch_size=args.batch_size, lr=args.lr, seed=args.seed, keep_best=False,
+                 updates=ROW_UPDATES)
     return result, (inputs, targets), val
 
 

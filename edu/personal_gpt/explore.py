@@ -468,7 +468,7 @@ def check_values(folds, rows, columns, learned, most=20):
     """[(field, n, share right, share right of the commonest value)], on rows not trained on.
 
     learned[f] is a model that has not seen the rows of folds[f]. Each value is guessed from those
-    before it in its row.
+    before it in its row, so the first is not asked for.
     """
     table = []
     for field, values in columns.items():
@@ -476,6 +476,8 @@ def check_values(folds, rows, columns, learned, most=20):
         for fold, one in zip(folds, learned):
             for row in [rows[i] for i in fold if rows[i].values.get(field) in values][:most]:
                 before = dict(itertools.takewhile(lambda kv: kv[0] != field, row.values.items()))
+                if not before:
+                    continue
                 prefix = row_text({**before, field: ""})
                 shares = score_values(one["model"], one["stoi"], prefix, values)
                 right += values[shares.index(max(shares))] == row.values[field]

@@ -186,14 +186,14 @@ class Table:
             sys.stdout.flush()
 
 
-def fit(model, make_pass, val, *, epochs, batch_size, lr, seed, show=True,
-        keep_best=True, updates=UPDATES):
+def fit(model, make_pass, val, *, epochs, batch_size, lr, seed, show=True, keep_best=True,
+        updates=UPDATES):
     """Train model on the rows that make_pass(generator) gives, (inputs, targets, weights).
 
     weights (N,) multiply the loss of each row; val: (inputs, targets) to measure on. Afterwards the
     model is the one of the lowest validation loss, also after Ctrl-C; with keep_best=False, the
-    last. Returns {"before", "after":
-    nats per character on val, "stopped": by Ctrl-C}. Raises UserError when the loss is not finite.
+    last. Returns {"before", "after": nats per character on val, "stopped": by Ctrl-C}. Raises
+    UserError when the loss is not finite.
     """
     generator, optimizer = torch.Generator().manual_seed(seed), make_optimizer(model, lr)
     device, table = model.wte.weight.device, Table(show)
@@ -201,7 +201,7 @@ def fit(model, make_pass, val, *, epochs, batch_size, lr, seed, show=True,
     before = mean_loss(model, *val)
     best = (before, copy_of(model))
     step = tokens = 0
-    stopped, losses, since = False, [], 0
+    stopped, reports, losses = False, 0, []
     model.train()
     progress = tqdm(total=epochs, unit="epoch", leave=False, disable=None if show else True,
                     bar_format="{l_bar}{bar}| {n:.1f}/{total} epochs, {remaining} left{postfix}")
@@ -231,21 +231,20 @@ def fit(model, make_pass, val, *, epochs, batch_size, lr, seed, show=True,
                 optimizer.step()
                 losses.append(loss.item())
                 check_finite(losses[-1], step, lr)
-                step, tokens, since = step + 1, tokens + count.item(), since + 1
+                step, tokens = step + 1, tokens + count.item()
                 progress.update(1 / steps)
                 # 4. report, and keep the best
-                if since >= report_every or done == epochs:
-                    now, since = mean_loss(model, *val), 0
-                    table.row(done, step, sum(losses) / len(losses), now,
-                              group["lr"], tokens)
+                if len(losses) >= report_every or done == epochs:
+                    now, reports = mean_loss(model, *val), reports + 1
+                    table.row(done, step, sum(losses) / len(losses), now, group["lr"], tokens)
                     losses = []
                     if now < best[0] or not keep_best:
                         best = (now, copy_of(model))
     except KeyboardInterrupt:
         stopped = True
     progress.close()
-    if stopped and best[0] == before:
-        best = (mean_loss(model, *val), copy_of(model))  # no report yet: better than nothing
+    if stopped and not reports:
+        best = (mean_loss(model, *val), copy_of(model))  # better than nothing
     model.load_state_dict(best[1])
     model.eval()
     return {"before": before, "after": best[0], "stopped": stopped}
