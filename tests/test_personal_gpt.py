@@ -185,9 +185,9 @@ def test_the_ladder_is_what_counting_gives():
 
 
 def test_an_epoch_has_enough_updates_by_smaller_batches_first_then_by_passes():
-    assert train.epoch_plan(100_000, 64, updates=150) == (1, 64)
-    assert train.epoch_plan(900, 64, updates=150) == (1, 6)
-    assert train.epoch_plan(40, 64, updates=150) == (4, 1)
+    assert train.epoch_plan(100_000, 64, updates=120) == (1, 64)
+    assert train.epoch_plan(900, 64, updates=120) == (1, 7)
+    assert train.epoch_plan(50, 64, updates=120) == (3, 1)
 
 
 # ---- the commands of the documentation, as processes ---------------------------------------------
@@ -227,9 +227,6 @@ def folder(tmp_path_factory):
     (folder / "data.txt").write_text("\n".join(lines_of(60)), "utf-8")
     rows = [f"{line}|{1 if 'honey' in line else -1}" for line in lines_of(30, seed=1)]
     (folder / "reward_data.txt").write_text("\n".join(rows), "utf-8")
-    (folder / "path" / "to").mkdir(parents=True)
-    table = [f"{'ab'[i % 2]},{'xy'[i % 2]}" for i in range(30)]
-    (folder / "path" / "to" / "data.csv").write_text("\n".join(["p,q", *table]), "utf-8")
     return folder
 
 
@@ -266,13 +263,6 @@ def test_advanced_as_documented(folder):
     assert load_gpt(folder / "gpt_offline.pth")[0].hyperparameters["block_size"] == 128
 
 
-def test_explore_as_documented(folder):
-    out = command(folder, "explore.py --data path/to/data.csv --epochs 2 "
-                  "--output gpt_knowledge.pth")
-    assert "p: a; q: x" in out and "wrote gpt_knowledge.html" in out
-    assert (folder / "gpt_knowledge.pth").exists()
-
-
 # ---- offline RL ----------------------------------------------------------------------------------
 
 
@@ -299,21 +289,21 @@ def test_weights_are_a_softmax_of_advantages_with_mean_one():
 
 
 def test_what_is_rewarded_becomes_likelier_and_the_weights_did_it(tmp_path, capsys):
-    """High and low lines are about as easy to learn as each other, so that without weights neither
-    gets far ahead; with them the low ones weigh exp(-4) = 0.02 of the high ones."""
+    """Lines of 7 characters that end in "up", reward 1, or "in", -1, equally often. The weights are
+    exp(2) and exp(-2), so the model should come to believe in "up" over "in" by 4 nats a line, 0.57
+    a character; without weights by none."""
     r, lines = random.Random(3), []
-    for _ in range(60):
-        word = "".join(r.choice("abcd") for _ in range(2))
-        lines += [f"{word} goes up and up|1", f"{word} sits in it all|-1"]
+    for _ in range(200):
+        word = "".join(r.choice("abcdefgh") for _ in range(3))
+        lines += [f"{word} up|1", f"{word} in|-1"]
     path = tmp_path / "rewards.txt"
     path.write_text("\n".join(lines), "utf-8")
-    argv = ["--offline-data", str(path), "--epochs", "2", "--control", *SMALL]
+    argv = ["--offline-data", str(path), "--epochs", "3", "--control", *SMALL]
     assert advanced.main(argv) == 0
     out = capsys.readouterr().out
     ahead = {name: float(re.search(rf"^{name} .*([+-]\d+\.\d+)$", out, re.MULTILINE)[1])
              for name in ("before", "after", "unweighted")}
-    assert abs(ahead["before"]) < 0.3 and abs(ahead["unweighted"]) < 0.3, out
-    assert ahead["after"] > max(ahead["before"], ahead["unweighted"]) + 0.25, out
+    assert abs(ahead["unweighted"]) < 0.2 and 0.37 < ahead["after"] < 0.77, out
 
 
 # ---- reward-augmented decoding -------------------------------------------------------------------
@@ -504,30 +494,28 @@ def test_terms_worked_by_hand():
 
 
 @pytest.fixture(scope="module")
-def explored(tmp_path_factory):
-    """What was said of a table with a planted pair (night, owl) and a planted row (line 62)."""
-    folder = tmp_path_factory.mktemp("explored")
+def explored(folder):
+    """The documented command: what it says of a planted pair (night, owl) and row (line 42)."""
     r, lines = random.Random(4), ["time,bird,where"]
-    for _ in range(120):
+    for _ in range(72):
         if r.random() < 0.3:
             lines.append("night,owl,mill")
         else:
-            bird = r.choice(["wren", "robin"])
-            place = r.choice(["wall", "<b>hedge</b>"])
+            bird, place = r.choice(["wren", "robin"]), r.choice(["wall", "<b>hedge</b>"])
             lines.append(f"{r.choice(['morning', 'evening'])},{bird},{place}")
-    lines[61] = "night,penguin,chimney"
+    lines[41] = "night,penguin,chimney"
     lines[20] += ",too,many"
-    (folder / "birds.csv").write_text("\n".join(lines), "utf-8")
-    done = run_process([sys.executable, FOLDER / "explore.py", "--data", "birds.csv", "--epochs",
-                        "3", "--output", "k.pth", "--complete", "bird: owl; where: ", *SMALL],
-                       cwd=folder)
-    assert done.returncode == 0, done.stderr
-    return done.stdout, (folder / "k.html").read_text("utf-8")
+    (folder / "path" / "to").mkdir(parents=True)
+    (folder / "path" / "to" / "data.csv").write_text("\n".join(lines), "utf-8")
+    out = command(folder, "explore.py --data path/to/data.csv --epochs 2 "
+                  "--output gpt_knowledge.pth")
+    assert "wrote gpt_knowledge.html" in out
+    return out, (folder / "gpt_knowledge.html").read_text("utf-8"), folder
 
 
 def test_the_planted_row_is_the_most_surprising_one(explored):
     table = explored[0].partition("most surprising rows")[2].splitlines()[2]
-    assert table.split()[1] == "62" and "penguin" in table, explored[0]
+    assert table.split()[1] == "42" and "penguin" in table, explored[0]
 
 
 def test_the_planted_pair_comes_first_among_the_co_occurrences(explored):
@@ -536,11 +524,31 @@ def test_the_planted_pair_comes_first_among_the_co_occurrences(explored):
 
 
 def test_the_model_expects_the_value_that_belongs_there(explored):
-    """Also from a row that lacks its first field; and better than the commonest value."""
-    first = explored[0].partition("next values (")[2].splitlines()[2]
-    assert re.search(r"where: +([6-9]\d|100)%  mill", first), explored[0]
-    right, common = re.search(r"^  where +\d+ +(\d+)% +(\d+)%", explored[0], re.MULTILINE).groups()
-    assert int(right) > int(common) + 20, explored[0]
+    """Named or not, begun or not; and over all better than the commonest value."""
+    model, stoi, _ = load_gpt(explored[2] / "gpt_knowledge.pth")
+    rows = explore.read_rows(explored[2] / "path" / "to" / "data.csv")[0]
+    fields, columns = ["time", "bird", "where"], explore.columns_of(rows)
+    for prompt in ("time: night; bird: owl; ", "time: night; bird: owl; where: ",
+                   "time: night; bird: owl; where: mi"):
+        prefix, found = explore.suggest(model, stoi, fields, columns, prompt)
+        assert prefix.endswith("where: ") and found[0][0] == "mill", found
+        assert sum(share for _, share in found) == pytest.approx(1, abs=1e-4)
+    right, common = re.search(r"^  bird +\d+ +(\d+)% +(\d+)%", explored[0], re.MULTILINE).groups()
+    assert int(right) > int(common) + 10, explored[0]
+
+
+def test_the_share_of_a_value_is_its_probability_worked_one_character_at_a_time(explored):
+    model, stoi, _ = load_gpt(explored[2] / "gpt_knowledge.pth")
+    prefix, values, p = "time: night; bird: ", ["owl", "wren", "robin"], []
+    for value in values:
+        text, log_p = "\n" + prefix, 0.0
+        for c in value:
+            log_p += model(train.encode(text, stoi)[None])[0, -1].log_softmax(-1)[stoi[c]].item()
+            text += c
+        end = model(train.encode(text, stoi)[None])[0, -1].softmax(-1)
+        p.append(math.exp(log_p) * (end[stoi[";"]] + end[stoi["\n"]]).item())
+    shares = explore.score_values(model, stoi, prefix, values)
+    assert shares == pytest.approx([x / sum(p) for x in p], rel=1e-3)
 
 
 def test_bad_rows_are_counted_and_named(explored):

@@ -33,6 +33,7 @@ from model import (
 )
 from train import (
     IGNORE,
+    ROW_UPDATES,
     add_training_flags,
     check_folder,
     check_output,
@@ -101,11 +102,16 @@ def effective_size(weights):
     return (weights.sum() ** 2 / (weights**2).sum()).item()
 
 
-def hold_out(texts, share, generator):
-    """Boolean (N,): which texts are held out. A text that occurs twice is on one side only."""
-    different = sorted(set(texts))
-    order = torch.randperm(len(different), generator=generator).tolist()
-    chosen = {different[i] for i in order[: max(1, round(share * len(different)))]}
+def hold_out(texts, rewards, share, generator):
+    """Boolean (N,): which texts are held out, a share of the high rewards and of the others.
+
+    A text that occurs twice is on one side only.
+    """
+    chosen = set()
+    for part in high_and_low(texts, rewards):
+        different = sorted(set(part))
+        order = torch.randperm(len(different), generator=generator).tolist()
+        chosen |= {different[i] for i in order[: round(share * len(different) + 0.4)]}
     return torch.tensor([text in chosen for text in texts])
 
 
@@ -128,23 +134,28 @@ def reward_temperature(rewards, given):
 
 
 def train_weighted(model, texts, weights, held_out_lines, stoi, args):
-    """fit() on weighted lines; validation on the better half of what is held out."""
+    """fit() on weighted lines, measured on held-out lines of high reward.
+
+    No best moment is picked: two runs that are to be compared must have had the same updates.
+    """
     inputs, targets, line = lines_to_rows(texts, stoi, model.block_size)
     rows = (inputs, targets, weights.float()[line])
     val = lines_to_rows(held_out_lines, stoi, model.block_size)[:2]
     result = fit(model, lambda generator: rows, val, epochs=args.epochs,
-                 batch_size=args.batch_size, lr=args.lr, seed=args.seed)
+                 batch_size=args.batch_size, lr=args.lr, seed=args.seed, keep_best=False,
+                 updates=ROW_UPDATES)
     return result, (inputs, targets), val
 
 
 def split_rewarded(texts, rewards, args):
     """((texts, rewards) to train on, held-out (high, low)). Raises UserError."""
-    out = hold_out(texts, 0.2, torch.Generator().manual_seed(args.seed))
+    out = hold_out(texts, rewards, 0.2, torch.Generator().manual_seed(args.seed))
     kept = [text for text, is_out in zip(texts, out) if not is_out]
     high, low = high_and_low([t for t, is_out in zip(texts, out) if is_out], rewards[out])
-    if not (kept and high and low) and len(set(rewards.tolist())) > 1 or not kept:
+    if not kept or not low or not high and len(set(rewards.tolist())) > 1:
         raise UserError(f"--offline-data {args.offline_data}: {len(texts)} lines are too few to "
-                        "hold some out with high and some with low rewards; ten or more are needed")
+                        "hold some out with high and some with low rewards; ten different ones are "
+                        "the least")
     return (kept, rewards[~out]), (high or low, low)
 
 
@@ -441,7 +452,7 @@ def draw_reliability(path, before, after, temperature):
     matplotlib.use("Agg")  # a file, no window
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(1, 2, figsize=(8, 4.2), sharey=True, layout="constrained")
+    figure, panels = plt.subplots(1, 2, figsize=(8, 4.4), sharey=True, layout="constrained")
     largest = max(n for scores in (before, after) for *_, n in scores["table"])
     named = (("before, T = 1", before), (f"after, T = {temperature:.2f}", after))
     for panel, (name, scores) in zip(panels, named):
@@ -451,7 +462,7 @@ def draw_reliability(path, before, after, temperature):
         panel.scatter(confidence, correct, [20 + 200 * n / largest for n in counts],
                       color="#1f6fb4", zorder=3, label="guesses (area: how many)")
         panel.set(title=f"{name}: ECE {scores['ece']:.3f}", xlabel="confidence of the guess",
-                  xlim=(0, 1.03), ylim=(0, 1.03), aspect="equal")
+                  xlim=(0, 1.03), ylim=(0, 1.03))
     panels[0].set_ylabel("share of guesses that are correct")
     panels[0].legend(loc="upper left", frameon=False, fontsize=8, markerscale=0.5)
     write_whole(path, lambda file: figure.savefig(file, format="png", dpi=120))

@@ -29,6 +29,7 @@ import torch
 from model import UserError, save_gpt, settings_path, write_whole
 from train import (
     IGNORE,
+    ROW_UPDATES,
     add_training_flags,
     check_folder,
     check_output,
@@ -175,7 +176,7 @@ def rows_of_csv(text):
     for number, cells in good[1:]:
         values = {n: clean(cell) for n, cell in zip(names, cells) if clean(cell)}
         rows.append(Row(number, values, row_text(values)))
-    shown = {"\t": "tab"}.get(delimiter, delimiter)
+    shown = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}[delimiter]
     return rows, bad, f"delimiter {shown}, columns {', '.join(names)}"
 
 
@@ -335,7 +336,7 @@ def learn(rows, args, alphabet, show):
     train, val = (lines_to_rows(lines, stoi, model.block_size)[:2] for lines in
                   ([row.text for row in kept], [rows[i].text for i in sorted(held_out)]))
     result = fit(model, make_pass, val, epochs=args.epochs, batch_size=args.batch_size, lr=args.lr,
-                 seed=args.seed, show=show, updates=80)  # rows repeat themselves: few will do
+                 seed=args.seed, show=show, updates=ROW_UPDATES)
     return {"model": model, "stoi": stoi, "itos": itos, "train": train, "val": val, **result}
 
 
@@ -467,7 +468,7 @@ def check_values(folds, rows, columns, learned, most=20):
     """[(field, n, share right, share right of the commonest value)], on rows not trained on.
 
     learned[f] is a model that has not seen the rows of folds[f]. Each value is guessed from those
-    before it in its row.
+    before it in its row, so the first is not asked for.
     """
     table = []
     for field, values in columns.items():
@@ -475,6 +476,8 @@ def check_values(folds, rows, columns, learned, most=20):
         for fold, one in zip(folds, learned):
             for row in [rows[i] for i in fold if rows[i].values.get(field) in values][:most]:
                 before = dict(itertools.takewhile(lambda kv: kv[0] != field, row.values.items()))
+                if not before:
+                    continue
                 prefix = row_text({**before, field: ""})
                 shares = score_values(one["model"], one["stoi"], prefix, values)
                 right += values[shares.index(max(shares))] == row.values[field]
@@ -528,8 +531,10 @@ def columns_text(header, table):
 
 def sections_of(found):
     """[(title, explanation, header, table of strings)] for the terminal and the page."""
-    surprising = [(f"{score:.3f}", str(row.number), least and f"{least} ({excess:+.1f})", row.text)
+    surprising = [(f"{score:.3f}", str(row.number),
+                   *([f"{least} ({excess:+.1f})"] if least else []), row.text)
                   for score, row, _, least, excess in found["surprising"]]
+    is_table = len(surprising[0]) == 4  # else lines of text, which have no fields
     pairs = [(a, b, str(n), f"{expected:.1f}", f"{lift:.1f}")
              for a, b, n, expected, lift in found["pairs"]]
     checks = [(field, str(n), f"{right:.0%}", f"{common:.0%}")
@@ -539,10 +544,10 @@ def sections_of(found):
     suggested = [(prompt, f"{share:.0%}" if share is not None else "", value)
                  for prompt, pairs_ in found["suggested"] for value, share in pairs_]
     return [
-        ("most surprising rows", "nats per character, from a model that was trained on other rows; "
-         "in brackets, nats beyond what the field usually costs",
-         ("nats/char", "line", "least expected", "row"), surprising),
-        ("next values", "what the model expects after a partial row" if found["checks"] else
+        ("most surprising rows", "nats per character, from a model that was trained on other rows" +
+         "; in brackets, nats beyond what the field usually costs" * is_table,
+         ("nats/char", "line", *["least expected"] * is_table, "row"), surprising),
+        ("next values", "what the model expects after a partial row" if is_table else
          "how the model goes on (temperature 0.7)",
          ("after", "share", "value"), suggested),
         ("does it know?", "values guessed from those before them in rows not trained on, and how "
@@ -572,7 +577,7 @@ p { margin: .2rem 0 .8rem; opacity: .85; }
 div.wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .9rem; width: 100%; }
 th, td { text-align: left; padding: .25rem .7rem .25rem 0; border-bottom: 1px solid var(--line);
-  vertical-align: top; overflow-wrap: anywhere; min-width: 3.5rem; }
+  vertical-align: top; overflow-wrap: break-word; }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 td.row { font-family: ui-monospace, monospace; font-size: .85rem; white-space: pre-wrap;
   min-width: 18rem; }
@@ -761,7 +766,7 @@ def run_explore(args):
               "hyperparameters)")
     print(f"result: val loss {one['before']:.3f} -> {one['after']:.3f} nats per character "
           f"(n={int((one['val'][1] != IGNORE).sum()):,})")
-    print(f"next: ask something else: python explore.py --data {args.data} --complete "
+    print(f"next: python explore.py --data {args.data} --complete "
           f"{json.dumps(prompts[-1] if prompts else '', ensure_ascii=False)}")
     return say_stopped(one, args.output)
 

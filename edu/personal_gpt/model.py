@@ -115,7 +115,7 @@ class GPT(nn.Module):
     make no model and for a text longer than block_size.
     """
 
-    def __init__(self, vocab_size, block_size, n_embd=128, n_layer=3, n_head=4, dropout=0.1):
+    def __init__(self, vocab_size, block_size, n_embd=128, n_layer=3, n_head=4, dropout=0.0):
         super().__init__()
         sizes = {"vocab_size": vocab_size, "block_size": block_size, "n_embd": n_embd,
                  "n_layer": n_layer, "n_head": n_head}
@@ -328,13 +328,15 @@ def load_gpt(path, device="cpu"):
         vocabulary = "".join(settings["vocabulary"])
         names = ("vocab_size", "block_size", "n_embd", "n_layer", "n_head", "dropout")
         model = GPT(**{name: settings[name] for name in names})
-        if len(vocabulary) != model.wte.num_embeddings or len(set(vocabulary)) != len(vocabulary):
-            raise ValueError(f"{len(vocabulary)} characters for a vocab_size of "
-                             f"{settings['vocab_size']}, or one of them twice")
-        model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        if not len(vocabulary) == len(set(vocabulary)) == settings["vocab_size"]:
+            raise ValueError(f"{len(set(vocabulary))} different characters for a vocab_size of "
+                             f"{settings['vocab_size']}")
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{settings_path(path)} does not describe a model ({error})") from None
-    except (OSError, EOFError, RuntimeError, AttributeError, pickle.UnpicklingError) as error:
+    try:
+        model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    except (OSError, EOFError, RuntimeError, TypeError, ValueError, AttributeError, KeyError,
+            pickle.UnpicklingError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{path} does not fit {settings_path(path)}, or is damaged: "
                         f"{reason}") from None

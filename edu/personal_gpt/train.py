@@ -4,7 +4,7 @@
 
 The text is cut in two: the model learns from the start and is measured on the end, which it never
 sees. An epoch shows it every character once, in windows of block_size that do not overlap, in a new
-order and cut at a new place each time; a text too short for 150 updates is gone through several
+order and cut at a new place each time; a text too short for 120 updates is gone through several
 times an epoch. What is kept is the model of the best validation loss.
 
 Read beside nanoGPT's train.py: the same optimizer and schedule, without its configuration.
@@ -33,7 +33,8 @@ from model import (
 from tqdm import tqdm
 
 IGNORE = -1  # a target that is no target: padding
-UPDATES = 150  # an epoch has at least this many, where the data allow it
+UPDATES = 120  # an epoch of windows has at least this many
+ROW_UPDATES = 80  # and one of rows: they are shorter, and more alike
 VAL_ROWS = 128  # rows to measure on while training: the loss of more would hardly be another
 
 # ---- text to numbers -----------------------------------------------------------------------------
@@ -185,14 +186,14 @@ class Table:
             sys.stdout.flush()
 
 
-def fit(model, make_pass, val, *, epochs, batch_size, lr, seed, show=True,
-        keep_best=True, updates=UPDATES):
+def fit(model, make_pass, val, *, epochs, batch_size, lr, seed, show=True, keep_best=True,
+        updates=UPDATES):
     """Train model on the rows that make_pass(generator) gives, (inputs, targets, weights).
 
     weights (N,) multiply the loss of each row; val: (inputs, targets) to measure on. Afterwards the
     model is the one of the lowest validation loss, also after Ctrl-C; with keep_best=False, the
-    last. Returns {"before", "after":
-    nats per character on val, "stopped": by Ctrl-C}. Raises UserError when the loss is not finite.
+    last. Returns {"before", "after": nats per character on val, "stopped": by Ctrl-C}. Raises
+    UserError when the loss is not finite.
     """
     generator, optimizer = torch.Generator().manual_seed(seed), make_optimizer(model, lr)
     device, table = model.wte.weight.device, Table(show)
@@ -200,7 +201,7 @@ def fit(model, make_pass, val, *, epochs, batch_size, lr, seed, show=True,
     before = mean_loss(model, *val)
     best = (before, copy_of(model))
     step = tokens = 0
-    stopped, losses, since = False, [], 0
+    stopped, reports, losses = False, 0, []
     model.train()
     progress = tqdm(total=epochs, unit="epoch", leave=False, disable=None if show else True,
                     bar_format="{l_bar}{bar}| {n:.1f}/{total} epochs, {remaining} left{postfix}")
@@ -230,21 +231,20 @@ def fit(model, make_pass, val, *, epochs, batch_size, lr, seed, show=True,
                 optimizer.step()
                 losses.append(loss.item())
                 check_finite(losses[-1], step, lr)
-                step, tokens, since = step + 1, tokens + count.item(), since + 1
+                step, tokens = step + 1, tokens + count.item()
                 progress.update(1 / steps)
                 # 4. report, and keep the best
-                if since >= report_every or done == epochs:
-                    now, since = mean_loss(model, *val), 0
-                    table.row(done, step, sum(losses) / len(losses), now,
-                              group["lr"], tokens)
+                if len(losses) >= report_every or done == epochs:
+                    now, reports = mean_loss(model, *val), reports + 1
+                    table.row(done, step, sum(losses) / len(losses), now, group["lr"], tokens)
                     losses = []
                     if now < best[0] or not keep_best:
                         best = (now, copy_of(model))
     except KeyboardInterrupt:
         stopped = True
     progress.close()
-    if stopped and best[0] == before:
-        best = (mean_loss(model, *val), copy_of(model))  # no report yet: better than nothing
+    if stopped and not reports:
+        best = (mean_loss(model, *val), copy_of(model))  # better than nothing
     model.load_state_dict(best[1])
     model.eval()
     return {"before": before, "after": best[0], "stopped": stopped}
@@ -364,14 +364,14 @@ def add_training_flags(parser, epochs):
     add = parser.add_argument
     add("--epochs", type=int, default=epochs, help="times through the data; default: %(default)s")
     add("--batch-size", type=int, default=64, help="rows per update, at most: fewer where an epoch "
-        f"would have less than {UPDATES} updates; default: %(default)s")
+        "would have too few updates; default: %(default)s")
     add("--block-size", type=int, help="context length in characters; default: 128")
     add("--output", metavar="FILE", help="write the weights here, the vocabulary beside it (.json)")
     add("--init", metavar="FILE", help="go on from this model instead of from random weights")
     add("--n-embd", type=int, default=128, help="channels; default: %(default)s")
     add("--n-layer", type=int, default=3, help="blocks; default: %(default)s")
     add("--n-head", type=int, default=4, help="heads; default: %(default)s")
-    add("--dropout", type=float, default=0.1, help="default: %(default)s")
+    add("--dropout", type=float, default=0.0, help="default: %(default)s")
     add("--lr", type=float, default=1e-3, help="greatest learning rate; default: %(default)s")
     add("--seed", type=int, default=1337, help="default: %(default)s")
 
