@@ -29,7 +29,7 @@ class Run:
 
     def __init__(self, runs_dir, run_id):
         self.runs_dir, self.run_id = Path(runs_dir), run_id
-        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._+=,-]*", run_id):
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._+=-]*", run_id):
             raise UserError(f"--run-id {run_id!r}: it names a folder; use letters, digits and ._-")
         self.folder = self.runs_dir / run_id
         self.config_path = self.folder / "config.json"
