@@ -87,12 +87,16 @@ def test_no_character_changes_what_is_guessed_before_it():
 def test_greedy_text_is_the_likeliest_character_step_by_step_also_past_the_context():
     """19 new characters with a context of 7: the cache serves the first 4 steps only."""
     model = small_gpt()
+    with torch.no_grad():
+        for p in model.parameters():  # or it would write the same character for ever
+            p.add_(0.5 * torch.randn_like(p))
     idx = torch.randint(11, (2, 3))
     step_by_step = idx
     for _ in range(19):
         logits = model(step_by_step[:, -7:])[:, -1]
         step_by_step = torch.cat((step_by_step, logits.argmax(-1, keepdim=True)), dim=1)
     assert torch.equal(model.generate(idx, 19, temperature=0), step_by_step)
+    assert len(set(step_by_step[0, -12:].tolist())) > 2
 
 
 def test_the_cache_changes_no_logit():
@@ -254,7 +258,7 @@ def test_train_as_documented_then_the_snippet_as_documented(folder):
     done = run_process([sys.executable, "-c", code + "print(out.shape)"], cwd=folder)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("the cat") and "torch.Size([1, 57])" in done.stdout
-    assert len(done.stdout) > 100 and "honey" in done.stdout + out
+    assert len(done.stdout) > 100 and done.stdout.count("the ") >= 3  # it writes such lines
 
 
 def test_advanced_as_documented(folder):
@@ -495,15 +499,15 @@ def test_terms_worked_by_hand():
 
 @pytest.fixture(scope="module")
 def explored(folder):
-    """The documented command: what it says of a planted pair (night, owl) and row (line 42)."""
+    """The documented command: what it says of a planted pair (night, owl) and row (line 32)."""
     r, lines = random.Random(4), ["time,bird,where"]
-    for _ in range(72):
+    for _ in range(44):
         if r.random() < 0.3:
             lines.append("night,owl,mill")
         else:
             bird, place = r.choice(["wren", "robin"]), r.choice(["wall", "<b>hedge</b>"])
             lines.append(f"{r.choice(['morning', 'evening'])},{bird},{place}")
-    lines[41] = "night,penguin,chimney"
+    lines[31] = "night,penguin,chimney"
     lines[20] += ",too,many"
     (folder / "path" / "to").mkdir(parents=True)
     (folder / "path" / "to" / "data.csv").write_text("\n".join(lines), "utf-8")
@@ -515,7 +519,7 @@ def explored(folder):
 
 def test_the_planted_row_is_the_most_surprising_one(explored):
     table = explored[0].partition("most surprising rows")[2].splitlines()[2]
-    assert table.split()[1] == "42" and "penguin" in table, explored[0]
+    assert table.split()[1] == "32" and "penguin" in table, explored[0]
 
 
 def test_the_planted_pair_comes_first_among_the_co_occurrences(explored):

@@ -4,7 +4,7 @@
 
 The text is cut in two: the model learns from the start and is measured on the end, which it never
 sees. An epoch shows it every character once, in windows of block_size that do not overlap, in a new
-order and cut at a new place each time; a text too short for 120 updates is gone through several
+order and cut at a new place each time; a text too short for 100 updates is gone through several
 times an epoch. What is kept is the model of the best validation loss.
 
 Read beside nanoGPT's train.py: the same optimizer and schedule, without its configuration.
@@ -33,7 +33,7 @@ from model import (
 from tqdm import tqdm
 
 IGNORE = -1  # a target that is no target: padding
-UPDATES = 120  # an epoch of windows has at least this many
+UPDATES = 100  # an epoch of windows has at least this many
 ROW_UPDATES = 80  # and one of rows: they are shorter, and more alike
 VAL_ROWS = 128  # rows to measure on while training: the loss of more would hardly be another
 
