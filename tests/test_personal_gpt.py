@@ -46,7 +46,7 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     text = folder / "data.txt"
     text.write_text("\n".join(lines_of(300)) + "\n", "utf-8")
-    argv = ["--text", text, "--epochs", 2, "--block-size", 48, "--output", folder / "gpt.pth"]
+    argv = ["--text", text, "--epochs", 6, "--block-size", 48, "--output", folder / "gpt.pth"]
     assert train.main([str(a) for a in argv] + SMALL) == 0
     return folder / "gpt.pth", text
 
@@ -195,10 +195,12 @@ def test_the_ladder_is_what_counting_gives():
     assert steps == pytest.approx(expected)
 
 
-def test_an_epoch_has_enough_updates_by_smaller_batches_first_then_by_passes():
+def test_an_epoch_of_little_text_has_smaller_batches_down_to_four_and_several_passes():
     assert train.epoch_plan(100_000, 64, updates=120) == (1, 64)
     assert train.epoch_plan(900, 64, updates=120) == (1, 7)
-    assert train.epoch_plan(50, 64, updates=120) == (3, 1)
+    assert train.epoch_plan(50, 64, updates=120) == (3, 4)
+    assert train.epoch_plan(50, 2, updates=120) == (3, 2)
+    assert train.epoch_plan(3, 64, updates=120) == (40, 3)
 
 
 # ---- the commands of the documentation, as processes ---------------------------------------------
@@ -680,7 +682,7 @@ def test_ctrl_c_saves_the_best_so_far_and_says_how_to_go_on(trained, tmp_path, c
 
     def interrupted(*args):
         calls.append(1)
-        if len(calls) == 60:
+        if len(calls) == 20:
             raise KeyboardInterrupt
         return real(*args)
 

@@ -252,7 +252,7 @@ def run_decode(args):
     device = pick_device()
     headline("decoding", model.to(device), device, args.seed)
     print(f"q(c) ~ p(c) exp(beta r(c)), r(c) = 1 for each of {args.wanted!r}, else 0")
-    print(f"{'beta':>6} {'wanted, %':>10} {'model nats/char':>16}   a sample")
+    print(f"{'beta':>6} {'wanted, %':>10} {'model nats/char':>16}   end of a sample")
     shares, n = [], args.samples * args.sample_chars
     for beta in betas:
         torch.manual_seed(args.seed)
@@ -262,7 +262,7 @@ def run_decode(args):
         shares.append(100 * sum(c in set(args.wanted) for t in text for c in t) / n)
         # what the tilt costs: how unlikely the model itself finds the text
         loss = row_losses(model, *in_context(ids, model.block_size))
-        shown = " ".join(text[0].split())[:44]
+        shown = " ".join(text[0].split())[-44:]  # the end: all begin from the same random numbers
         print(f"{beta:6g} {shares[-1]:10.2f} {loss.sum() / (loss > 0).sum():16.3f}   {shown}")
     print(f"result: wanted characters {shares[0]:.2f} -> {shares[-1]:.2f} % "
           f"(beta {betas[0]:g} -> {betas[-1]:g}, n={n:,} each)")
@@ -522,7 +522,7 @@ def build_parser():
     mode.add_argument("--decode-beta", metavar="LIST", help="strengths to compare, such as 0,0.5,1")
     mode.add_argument("--self-align", action="store_true", help="learn from own, scored texts")
     mode.add_argument("--calibrate", metavar="FILE", help="text to fit a temperature on")
-    add_training_flags(parser, epochs=3)
+    add_training_flags(parser, epochs=3, lr=1e-3)
     add = parser.add_argument
     add("--reward-temperature", type=float, help="how much a better reward counts: the smaller, "
         "the more; default: half of the rewards' standard deviation")

@@ -775,7 +775,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--data", metavar="FILE", required=True, help="a .csv, .jsonl or .txt file")
-    add_training_flags(parser, epochs=3)
+    add_training_flags(parser, epochs=3, lr=1e-3)
     add("--complete", metavar="TEXT", action="append",
         help='a partial row to go on from, such as "bird: owl; place: " (may be repeated)')
     add("--report", metavar="FILE", help="the HTML page; default: beside --output")

@@ -33,8 +33,9 @@ from model import (
 from tqdm import tqdm
 
 IGNORE = -1  # a target that is no target: padding
-UPDATES = 100  # an epoch of windows has at least this many
-ROW_UPDATES = 80  # and one of rows: they are shorter, and more alike
+UPDATES = 100  # an epoch has at least this many windows, and an update takes the 100th part
+LEAST_ROWS = 4  # no fewer: AdamW's step is as long whatever a single row is weighted with
+ROW_UPDATES = 80  # for rows that are lines: they are shorter, and more alike
 VAL_ROWS = 128  # rows to measure on while training: the loss of more would hardly be another
 
 # ---- text to numbers -----------------------------------------------------------------------------
@@ -163,10 +164,11 @@ def schedule(done):
 def epoch_plan(N, batch_size, updates=UPDATES):
     """(passes, rows per update) of an epoch over N rows.
 
-    At least `updates` updates: by smaller batches first, which cost nothing, and where even single
-    rows are too few, by several passes.
+    An update takes N / updates of them, between LEAST_ROWS and batch_size, so that little text still
+    means many updates; fewer than `updates` rows are gone through several times.
     """
-    return math.ceil(updates / N), max(1, min(batch_size, N // updates))
+    fewest = min(LEAST_ROWS, batch_size, N)
+    return math.ceil(updates / N), max(fewest, min(batch_size, N // updates))
 
 
 class Table:
@@ -360,7 +362,7 @@ def digest(text):
 # ---- the command line ----------------------------------------------------------------------------
 
 
-def add_training_flags(parser, epochs):
+def add_training_flags(parser, epochs, lr):
     add = parser.add_argument
     add("--epochs", type=int, default=epochs, help="times through the data; default: %(default)s")
     add("--batch-size", type=int, default=64, help="rows per update, at most: fewer where an epoch "
@@ -372,7 +374,7 @@ def add_training_flags(parser, epochs):
     add("--n-layer", type=int, default=3, help="blocks; default: %(default)s")
     add("--n-head", type=int, default=4, help="heads; default: %(default)s")
     add("--dropout", type=float, default=0.0, help="default: %(default)s")
-    add("--lr", type=float, default=1e-3, help="greatest learning rate; default: %(default)s")
+    add("--lr", type=float, default=lr, help="greatest learning rate; default: %(default)s")
     add("--seed", type=int, default=1337, help="default: %(default)s")
 
 
@@ -486,7 +488,7 @@ def run_train(args):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--text", metavar="FILE", required=True, help="UTF-8 text to learn")
-    add_training_flags(parser, epochs=1)
+    add_training_flags(parser, epochs=1, lr=4e-3)
     parser.add_argument("--val-fraction", type=float, default=0.1,
                         help="end of the text, held out; default: %(default)s")
     parser.add_argument("--sample-chars", type=int, default=300,
