@@ -164,8 +164,8 @@ def schedule(done):
 def epoch_plan(N, batch_size, updates=UPDATES):
     """(passes, rows per update) of an epoch over N rows.
 
-    An update takes N / updates of them, between LEAST_ROWS and batch_size, so that little text still
-    means many updates; fewer than `updates` rows are gone through several times.
+    An update takes N / updates of them, between LEAST_ROWS and batch_size, so that little text
+    still means many updates; fewer than `updates` rows are gone through several times.
     """
     fewest = min(LEAST_ROWS, batch_size, N)
     return math.ceil(updates / N), max(fewest, min(batch_size, N // updates))
