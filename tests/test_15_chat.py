@@ -744,7 +744,10 @@ def test_a_talk_in_a_terminal(typist, data):
     one.type("\x1b[200~first\nsecond\nthird\x1b[201~")  # as a terminal marks what is pasted
     one.type("\r")
     assert f"Hi {EMOJI}" in one.wait("you> ")
-    one.type("half a line\x03")  # Ctrl-C at the prompt
+    one.type("half a line")
+    one.wait("half a line")
+    time.sleep(0.3)  # Python misses a signal between a prompt and its wait for keys until the next
+    one.type("\x03")  # Ctrl-C at the prompt
     one.wait("Ctrl-D ends the program")
     one.wait("you> ")
     one.type("\x04")
