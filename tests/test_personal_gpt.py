@@ -10,6 +10,7 @@ import math
 import os
 import random
 import re
+import resource
 import shlex
 import shutil
 import subprocess
@@ -24,9 +25,8 @@ FOLDER = EDU / "personal_gpt"
 sys.path.insert(0, str(FOLDER))  # its modules import each other by name
 import advanced  # noqa: E402
 import explore  # noqa: E402
-import model as model_module  # noqa: E402
 import train  # noqa: E402
-from model import GPT, UserError, load_gpt  # noqa: E402
+from model import GPT, UserError, choose, load_gpt  # noqa: E402
 
 sys.path.remove(str(FOLDER))
 SMALL = ["--n-embd", "32", "--n-layer", "1", "--n-head", "2", "--lr", "3e-3"]
@@ -127,6 +127,12 @@ def test_a_tilted_choice_is_p_times_exp_of_beta_times_reward(monkeypatch):
     p = model(idx)[:, -1].softmax(-1)
     tilted = p * (1.7 * reward).exp()
     torch.testing.assert_close(drawn_from[0], tilted / tilted.sum(-1, keepdim=True))
+
+
+@pytest.mark.parametrize("temperature", [0, 1e-46, 1e-6])
+def test_a_temperature_near_zero_takes_the_likeliest(temperature):
+    scores = torch.tensor([[0.0, 3.0, 2.9], [80.0, 1.0, 79.9]])
+    assert choose(scores, temperature).tolist() == [[1], [0]]
 
 
 def test_beta_zero_is_the_model_itself():
@@ -450,6 +456,20 @@ def test_a_model_that_went_on_from_another_remembers_what_that_one_has_seen(trai
     assert unseen == text[int(len(text) * 0.9) :]
 
 
+def test_calibration_of_a_long_text_stops_when_it_knows_enough(trained, tmp_path, capsys,
+                                                               monkeypatch):
+    for ending in (".pth", ".json"):
+        shutil.copy(trained[0].with_suffix(ending), tmp_path / f"gpt{ending}")
+    other = tmp_path / "other.txt"
+    other.write_text("\n".join(lines_of(100, seed=9)), "utf-8")
+    vocabulary = len(load_gpt(trained[0])[1])
+    monkeypatch.setattr(advanced, "MOST_LOGITS", 500 * vocabulary)
+    assert advanced.main(["--calibrate", str(other), "--init", str(tmp_path / "gpt.pth")]) == 0
+    out = capsys.readouterr().out
+    assert "its first 500 characters" in out
+    assert sum(map(int, re.search(r"fitted on (\d+) .* on (\d+) others", out).groups())) == 499
+
+
 def test_calibration_looks_at_each_guess_once_with_the_context_it_has():
     model = small_gpt()
     ids = torch.randint(11, (23,))
@@ -671,6 +691,11 @@ def test_the_page_shows_the_start_of_a_very_long_row():
     assert page.count("z") < 2100 and "zz..." in page
 
 
+def test_only_a_share_has_a_bar_and_no_value_that_looks_like_one():
+    table = explore.html_table(("after", "share", "value"), [("a", "75%", "50%")])
+    assert table.count("<meter") == 1 and 'value="0.75"' in table
+
+
 def test_the_page_escapes_the_data_and_loads_nothing(explored):
     page = explored[1]
     assert "<b>" not in page and "&lt;b&gt;hedge" in page
@@ -853,20 +878,20 @@ def test_a_terminal_without_the_letter_is_no_reason_to_stop(tmp_path, monkeypatc
     assert screen.buffer.getvalue() == b"caf?\n"
 
 
-def test_a_full_disk_is_one_message_and_leaves_the_old_model_whole(trained, tmp_path, capsys,
-                                                                   monkeypatch):
+def test_a_full_disk_is_one_message_and_leaves_the_old_model_whole(trained, tmp_path, capsys):
     for ending in (".pth", ".json"):
         shutil.copy(trained[0].with_suffix(ending), tmp_path / f"gpt{ending}")
     files = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
 
-    def full(handle):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(model_module.os, "fsync", full)
     argv = ["--text", str(trained[1]), "--epochs", "1", "--block-size", "48", "--output",
             str(tmp_path / "gpt.pth"), "--sample-chars", "1", *SMALL]
-    assert train.main(argv) == 2
-    assert "No space left on device" in capsys.readouterr().err
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (9_999, limits[1]))  # no file longer than that
+    try:
+        assert train.main(argv) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert re.match(r"error: .*too large.*half written", capsys.readouterr().err)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == files
 
 

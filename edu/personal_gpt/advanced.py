@@ -5,7 +5,8 @@ Five modes, one at a time:
     python advanced.py --offline-data examples/reward_data.txt --epochs 3 --output gpt_offline.pth
         Offline RL: lines of text|reward; the better a line, the more it counts.
     python advanced.py --decode-beta 0,0.5,1,2 --wanted g --init gpt.pth
-        Reward-augmented decoding: the weights stay, the choice of each character is tilted.
+        Reward-augmented decoding: the weights stay, the choice of each character is tilted. Less of
+        a character: --decode-beta=-1,0 (with =, or the minus is taken for a flag).
     python advanced.py --self-align --domain-terms bee,honey --init gpt.pth --output gpt_bees.pth
         Self-alignment: the model writes, its texts are scored, it learns from the better ones.
     python advanced.py --calibrate examples/data.txt --init gpt.pth
@@ -209,8 +210,8 @@ def run_control(model, untrained, kept, high, low, stoi, args):
 
 
 def say_weights(texts, kept, rewards, weights, temperature):
-    print(f"{len(texts)} lines, {len(texts) - len(kept)} of them held out; rewards "
-          f"{rewards.min():g} to {rewards.max():g}, mean {rewards.mean():.3f}")
+    print(f"{len(texts)} lines, {len(texts) - len(kept)} of them held out (val: those of high "
+          f"reward); rewards {rewards.min():g} to {rewards.max():g}, mean {rewards.mean():.3f}")
     size = effective_size(weights)
     print(f"weights exp((reward - mean) / {temperature:.3g}), mean 1: {weights.min():.2f} to "
           f"{weights.max():.2f}; as informative as {size:.0f} of the {len(kept)} lines")
@@ -483,6 +484,7 @@ def unseen_part(text, seen, path):
     return unseen
 
 
+MOST_LOGITS = 10_000_000  # guesses x vocabulary, 8 bytes each and several copies of them
 MARK = "personal_gpt calibration"  # an older picture of ours may be replaced, no other file
 
 
@@ -536,6 +538,11 @@ def run_calibrate(args):
         raise UserError(f"--calibrate {args.calibrate}: {len(known)} characters that the model has "
                         "not seen are too few to fit on one half and measure on the other; 200 are "
                         "the least, thousands are better")
+
+    most = max(200, MOST_LOGITS // len(itos))
+    if len(known) > most:
+        print(f"its first {most:,} characters are used: more would hardly change one number")
+        known = known[:most]
 
     # 2. T on every other window, measured on those between
     logits, targets, window = logits_of(model, encode(known, stoi))

@@ -655,8 +655,8 @@ def heat(text, losses, most=2000):
     return "".join(parts) + "..." * (len(text) > most)
 
 
-def html_cell(cell, is_number):
-    if re.fullmatch(r"\d+%", cell):
+def html_cell(cell, is_number, title):
+    if title in ("share", "right", "commonest"):  # a 50% in the data gets no bar
         share = int(cell[:-1]) / 100
         return f'<td class="n">{cell} <meter value="{share}"></meter></td>'
     return f'<td class="n">{cell}</td>' if is_number else f"<td>{html.escape(cell)}</td>"
@@ -670,7 +670,7 @@ def html_table(header, table, heats=None):
                    for h, n in zip(header, numeric))
     body = []
     for i, row in enumerate(table):
-        cells = [html_cell(cell, n) for cell, n in zip(row, numeric)]
+        cells = [html_cell(*triple) for triple in zip(row, numeric, header)]
         if heats:
             cells[-1] = f'<td class="row">{heats[i]}</td>'
         body.append(f"<tr>{''.join(cells)}</tr>")
