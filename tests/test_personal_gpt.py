@@ -15,7 +15,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -314,12 +313,13 @@ def test_weights_are_a_softmax_of_advantages_with_mean_one():
 
 
 def test_equal_rewards_prefer_nothing_whatever_rounding_makes_of_their_mean():
-    """30 times 0.1: the mean is 0.1 less a last digit, and no line is better than the others."""
-    rewards = torch.full((30,), 0.1, dtype=torch.float64)
-    assert advanced.high_and_low(list("ab" * 15), rewards) == ([], list("ab" * 15))
-    assert advanced.reward_temperature(rewards, None) == 1
-    same = advanced.advantage_weights(rewards, 1.0)
-    torch.testing.assert_close(same, torch.ones(30, dtype=torch.float64))
+    """Their sum is rounded, and where the mean falls short of them, all would be above it."""
+    for n in range(2, 40):
+        rewards, texts = torch.full((n,), 0.1, dtype=torch.float64), [str(i) for i in range(n)]
+        assert advanced.high_and_low(texts, rewards) == ([], texts)
+        assert advanced.reward_temperature(rewards, None) == 1
+        same = advanced.advantage_weights(rewards, 1.0)
+        torch.testing.assert_close(same, torch.ones(n, dtype=torch.float64))
 
 
 def test_what_is_rewarded_becomes_likelier_and_the_weights_did_it(tmp_path, capsys):
@@ -541,11 +541,14 @@ def test_awkward_cells_cost_their_own_row_at_most(tmp_path):
     assert explore.rows_of_jsonl('{"a": "b\\ud800c"}')[0][0].text == "a: b c"
 
 
-def test_a_long_table_is_read_in_a_moment():
-    """40,000 rows: from the start for each, that would be 800 million steps, and some 10 s."""
-    began = time.process_time()
-    rows, bad, _ = explore.rows_of_csv("a,b\n" + "x,1\n" * 40_000)
-    assert len(rows) == 40_000 and not bad and time.process_time() - began < 4
+def test_no_row_of_a_table_is_looked_for_from_the_start():
+    """A million rows would otherwise cost half a million million steps."""
+    class Lines(list):
+        def __iter__(self):
+            raise AssertionError("from the start")
+
+    records = list(explore.csv_records(Lines(["a,b\n"] + ["x,1\n"] * 250), ","))
+    assert [number for number, _, _ in records] == list(range(1, 252))
 
 
 @pytest.mark.parametrize(("header", "looks_like_data"), [("n,2nd", False), ("Ana,-3.5", True)])
