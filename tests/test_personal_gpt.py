@@ -730,6 +730,8 @@ def test_a_stranger_model_file_runs_no_code(trained, tmp_path):
         (lambda p: p.write_text("[]", "utf-8"), "not written by train.py"),
         (lambda p: p.write_text(p.read_text("utf-8").replace('"n_layer": 1', '"n_layer": 2'),
                                 "utf-8"), "does not fit"),
+        (lambda p: p.write_text(p.read_text("utf-8").replace(': 32', f': {10**15}'), "utf-8"),
+         "does not describe"),  # more than any memory holds
         (lambda p: p.write_text(re.sub('"vocabulary": "..', '"vocabulary": "',
                                        p.read_text("utf-8")), "utf-8"), "does not describe"),
     ],
@@ -754,6 +756,7 @@ HOSTILE = [
     (train, "--text good.txt --epochs 0", "--epochs 0: must be 1 or more"),
     (train, "--text good.txt --lr nan", "--lr nan"),
     (train, "--text good.txt --n-embd 10 --n-head 4", "n_embd 10"),
+    (train, "--text good.txt --n-embd 1000000000000000 --n-head 2", "--n-embd"),
     (train, "--text good.txt --init none.pth", "no such model"),
     (train, "--text good.txt --init good.txt", "good.json is missing"),
     (train, "--text good.txt --init mine.pth", "mine.json is missing"),

@@ -335,7 +335,7 @@ def load_gpt(path, device="cpu"):
         if not len(vocabulary) == len(set(vocabulary)) == settings["vocab_size"]:
             raise ValueError(f"{len(set(vocabulary))} different characters for a vocab_size of "
                              f"{settings['vocab_size']}")
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:  # the last: too large to make
         raise UserError(f"{settings_path(path)} does not describe a model ({error})") from None
     try:
         model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))

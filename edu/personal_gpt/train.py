@@ -276,7 +276,7 @@ def new_model(vocabulary, args):
     try:
         model = GPT(len(vocabulary), args.block_size or 128, args.n_embd, args.n_layer, args.n_head,
                     args.dropout)
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:  # the latter: more than the memory holds
         raise UserError(f"{error} (--block-size, --n-embd, --n-layer, --n-head, "
                         "--dropout)") from None
     return model, {c: i for i, c in enumerate(vocabulary)}, list(vocabulary)
