@@ -4,11 +4,16 @@ Oracles: GPT-2 of the `transformers` library with the same weights, tables worke
 ways that must agree (cached and uncached, tilted and not), and data in which something was planted.
 """
 
+import io
 import json
 import math
+import os
 import random
 import re
+import resource
+import shlex
 import shutil
+import subprocess
 import sys
 
 import pytest
@@ -19,9 +24,8 @@ FOLDER = EDU / "personal_gpt"
 sys.path.insert(0, str(FOLDER))  # its modules import each other by name
 import advanced  # noqa: E402
 import explore  # noqa: E402
-import model as model_module  # noqa: E402
 import train  # noqa: E402
-from model import GPT, UserError, load_gpt  # noqa: E402
+from model import GPT, UserError, choose, load_gpt  # noqa: E402
 
 sys.path.remove(str(FOLDER))
 SMALL = ["--n-embd", "32", "--n-layer", "1", "--n-head", "2", "--lr", "3e-3"]
@@ -122,6 +126,12 @@ def test_a_tilted_choice_is_p_times_exp_of_beta_times_reward(monkeypatch):
     p = model(idx)[:, -1].softmax(-1)
     tilted = p * (1.7 * reward).exp()
     torch.testing.assert_close(drawn_from[0], tilted / tilted.sum(-1, keepdim=True))
+
+
+@pytest.mark.parametrize("temperature", [0, 1e-46, 1e-6])
+def test_a_temperature_near_zero_takes_the_likeliest(temperature):
+    scores = torch.tensor([[0.0, 3.0, 2.9], [80.0, 1.0, 79.9]])
+    assert choose(scores, temperature).tolist() == [[1], [0]]
 
 
 def test_beta_zero_is_the_model_itself():
@@ -284,7 +294,8 @@ def test_the_last_bar_separates_text_and_reward():
     assert texts == ["a|b", "x", "c"] and rewards.tolist() == [1.0, -2.5, 0.1]
 
 
-@pytest.mark.parametrize("line", ["no bar", "a|", "a|good", "a|nan", "a|inf", "|1", "a|1,5"])
+@pytest.mark.parametrize("line", ["no bar", "a|", "a|good", "a|nan", "a|inf", "a|-1e300", "|1",
+                                  "a|1,5"])
 def test_every_line_that_is_not_text_and_reward_is_named(line):
     with pytest.raises(UserError, match=r"1 of 3 lines(.|\n)*line 2: ") as caught:
         advanced.parse_rewards(f"fine|1\n{line}\nfine|0", "f")
@@ -301,6 +312,16 @@ def test_weights_are_a_softmax_of_advantages_with_mean_one():
     assert advanced.effective_size(torch.tensor([2.0, 2.0, 0.0])) == pytest.approx(2)
 
 
+def test_equal_rewards_prefer_nothing_whatever_rounding_makes_of_their_mean():
+    """Their sum is rounded, and where the mean falls short of them, all would be above it."""
+    for n in range(2, 40):
+        rewards, texts = torch.full((n,), 0.1, dtype=torch.float64), [str(i) for i in range(n)]
+        assert advanced.high_and_low(texts, rewards) == ([], texts)
+        assert advanced.reward_temperature(rewards, None) == 1
+        same = advanced.advantage_weights(rewards, 1.0)
+        torch.testing.assert_close(same, torch.ones(n, dtype=torch.float64))
+
+
 def test_what_is_rewarded_becomes_likelier_and_the_weights_did_it(tmp_path, capsys):
     """Lines of 7 characters that end in "up", reward 1, or "in", -1, equally often. The weights are
     exp(2) and exp(-2), so the model should come to believe in "up" over "in" by 4 nats a line, 0.57
@@ -311,12 +332,17 @@ def test_what_is_rewarded_becomes_likelier_and_the_weights_did_it(tmp_path, caps
         lines += [f"{word} up|1", f"{word} in|-1"]
     path = tmp_path / "rewards.txt"
     path.write_text("\n".join(lines), "utf-8")
-    argv = ["--offline-data", str(path), "--epochs", "3", "--control", *SMALL]
+    argv = ["--offline-data", str(path), "--epochs", "3", "--control", "--output",
+            str(tmp_path / "gpt.pth"), *SMALL]
     assert advanced.main(argv) == 0
     out = capsys.readouterr().out
     ahead = {name: float(re.search(rf"^{name} .*([+-]\d+\.\d+)$", out, re.MULTILINE)[1])
              for name in ("before", "after", "unweighted")}
     assert abs(ahead["unweighted"]) < 0.2 and 0.37 < ahead["after"] < 0.77, out
+    model, stoi, _ = load_gpt(tmp_path / "gpt.pth")  # the weighted one, not its control
+    up, down = (advanced.nats_per_character(model, [line[:6] for line in lines if word in line],
+                                            stoi) for word in ("up", "in"))
+    assert 0.37 < down - up < 0.77
 
 
 # ---- reward-augmented decoding -------------------------------------------------------------------
@@ -407,13 +433,41 @@ def test_calibration_lowers_the_error_on_text_that_is_neither_trained_nor_fitted
 
 
 def test_calibration_never_uses_text_that_the_model_was_trained_on(trained, tmp_path, capsys):
-    settings = model_module.read_settings(trained[0])
     text = trained[1].read_text("utf-8")
-    unseen = advanced.unseen_part(text, settings, "data.txt")
+    unseen = advanced.unseen_part(text, train.seen_texts(trained[0]), "data.txt")
     assert unseen == text[int(len(text) * 0.9) :]
     assert "only its held-out end" in capsys.readouterr().out
     with pytest.raises(UserError, match="trained on all of it"):
-        advanced.unseen_part(text, {"trained_on": {"sha256": train.digest(text)}}, "data.txt")
+        advanced.unseen_part(text, [{"sha256": train.digest(text), "characters": None}], "data.txt")
+
+
+def test_a_model_that_went_on_from_another_remembers_what_that_one_has_seen(trained, tmp_path,
+                                                                            capsys):
+    """Rated lines on top of the text: of the text its end is unseen, of the lines nothing is."""
+    rated = tmp_path / "rated.txt"
+    rated.write_text("\n".join(f"{line}|{i % 3}" for i, line in enumerate(lines_of(12))), "utf-8")
+    out = str(tmp_path / "gpt.pth")
+    assert advanced.main(["--offline-data", str(rated), "--epochs", "1", "--init", str(trained[0]),
+                          "--output", out]) == 0
+    assert advanced.main(["--calibrate", str(rated), "--init", out]) == 2
+    assert "trained on all of it" in capsys.readouterr().err
+    text = trained[1].read_text("utf-8")
+    unseen = advanced.unseen_part(text, train.seen_texts(out), "data.txt")
+    assert unseen == text[int(len(text) * 0.9) :]
+
+
+def test_calibration_of_a_long_text_stops_when_it_knows_enough(trained, tmp_path, capsys,
+                                                               monkeypatch):
+    for ending in (".pth", ".json"):
+        shutil.copy(trained[0].with_suffix(ending), tmp_path / f"gpt{ending}")
+    other = tmp_path / "other.txt"
+    other.write_text("\n".join(lines_of(100, seed=9)), "utf-8")
+    vocabulary = len(load_gpt(trained[0])[1])
+    monkeypatch.setattr(advanced, "MOST_LOGITS", 500 * vocabulary)
+    assert advanced.main(["--calibrate", str(other), "--init", str(tmp_path / "gpt.pth")]) == 0
+    out = capsys.readouterr().out
+    assert "its first 500 characters" in out
+    assert sum(map(int, re.search(r"fitted on (\d+) .* on (\d+) others", out).groups())) == 499
 
 
 def test_calibration_looks_at_each_guess_once_with_the_context_it_has():
@@ -467,11 +521,40 @@ def test_nested_json_becomes_fields_and_broken_lines_are_named():
     assert [row.text for row in rows] == ["a.b: 1; a.c: 1, x; e: true",
                                           "a.b: 2; g.1.h: 3; g.2.h: 4; i: one, two"]
     assert [number for number, _ in bad] == [3, 4, 6, 7, 8]
-    assert "a list" in bad[1][1] and "empty" in bad[3][1]
+    assert bad[1][1].endswith("but [1, 2]") and "without values" in bad[3][1]
 
 
 def test_columns_without_a_name_or_with_the_same_get_one():
     assert explore.header_names(["a", "", "a", "b: c"]) == ["a", "column 2", "a 3", "b c"]
+    assert explore.header_names(["a", "a 3", "a"]) == ["a", "a 3", "a 3 3"]
+
+
+def test_awkward_cells_cost_their_own_row_at_most(tmp_path):
+    """U+2028 breaks no row, a cell of 200,000 letters is one bad row, also where the delimiter is
+    looked for, a control character and half a surrogate pair become spaces."""
+    path = tmp_path / "data.csv"
+    path.write_text("a,b\nx\u2028y,1\n" + "z" * 200_000 + ",2\n\x1b[31mred,3\n" + "q,4\n" * 9,
+                    "utf-8")
+    rows, bad, _ = explore.read_rows(path)
+    assert [row.text for row in rows[:3]] == ["a: x y; b: 1", "a: [31mred; b: 3", "a: q; b: 4"]
+    assert [number for number, _ in bad] == [3] and "field larger" in bad[0][1]
+    assert explore.rows_of_jsonl('{"a": "b\\ud800c"}')[0][0].text == "a: b c"
+
+
+def test_no_row_of_a_table_is_looked_for_from_the_start():
+    """A million rows would otherwise cost half a million million steps."""
+    class Lines(list):
+        def __iter__(self):
+            raise AssertionError("from the start")
+
+    records = list(explore.csv_records(Lines(["a,b\n"] + ["x,1\n"] * 250), ","))
+    assert [number for number, _, _ in records] == list(range(1, 252))
+
+
+@pytest.mark.parametrize(("header", "looks_like_data"), [("n,2nd", False), ("Ana,-3.5", True)])
+def test_a_header_that_looks_like_data_is_pointed_out(header, looks_like_data):
+    described = explore.rows_of_csv(f"{header}\nBo,2\n")[2]
+    assert ("looks like data" in described) == looks_like_data
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32", "cp1252"])
@@ -494,6 +577,7 @@ def test_co_occurrences_worked_by_hand():
     table = explore.co_occurrences(rows, min_count=3)
     assert table == [("a = x", "b = 1", 8, 5.0, 1.6), ("a = y", "b = 2", 8, 5.0, 1.6)]
     assert explore.co_occurrences(rows, min_count=9) == []
+    assert explore.co_occurrences(rows, min_count=3, most=3) == table[:1]
 
 
 def test_terms_worked_by_hand():
@@ -550,6 +634,39 @@ def test_the_model_expects_the_value_that_belongs_there(explored):
     assert int(right) > int(common) + 10, explored[0]
 
 
+def test_a_field_is_guessed_from_those_before_and_after_it_in_any_order(explored):
+    """By hand: p(value | before) p(after | before, value) of the row as the data would have it."""
+    model, stoi, _ = load_gpt(explored[2] / "gpt_knowledge.pth")
+    rows = explore.read_rows(explored[2] / "path" / "to" / "data.csv")[0]
+    fields, columns = ["time", "bird", "where"], explore.columns_of(rows)
+    shown, found = explore.suggest(model, stoi, fields, columns, "where:mill ;time: night;bird:")
+    assert shown == "time: night; bird: ?; where: mill" and found[0][0] == "owl"
+    whole = [f"{value}; where: mill" for value in columns["bird"]]
+    shares = explore.score_values(model, stoi, "time: night; bird: ", whole)
+    assert dict(found) == pytest.approx(dict(zip(columns["bird"], shares)))
+
+
+def test_an_old_model_is_asked_without_training(explored, capsys, monkeypatch):
+    """What is asked of it later is what it answered when it was trained."""
+    monkeypatch.chdir(explored[2])
+    monkeypatch.setattr(explore, "fit", None)
+    question = re.search(r"^next: python explore.py (.*)", explored[0], re.MULTILINE)[1]
+    assert "--ask gpt_knowledge.pth" in question
+    assert explore.main(shlex.split(question)) == 0
+    out = capsys.readouterr().out
+    said = [line.split() for line in explored[0].splitlines()]
+    answers = [line.split() for line in out.splitlines() if "%" in line]
+    assert answers and all(line in said for line in answers) and "note" not in out
+    (explored[2] / "other.csv").write_text("time,bird\n" + "night,owl\nday,wren\n" * 4, "utf-8")
+    argv = ["--data", "other.csv", "--ask", "gpt_knowledge.pth", "--complete", "time: dusk; bird: "]
+    assert explore.main(argv) == 2
+    assert "the data have no 'ksu'" in capsys.readouterr().err
+    argv[-1] = "time: wren; bird: "
+    assert explore.main(argv) == 0
+    out = capsys.readouterr().out
+    assert "no row has time: wren" in out and "not the file that the model was trained on" in out
+
+
 def test_the_share_of_a_value_is_its_probability_worked_one_character_at_a_time(explored):
     model, stoi, _ = load_gpt(explored[2] / "gpt_knowledge.pth")
     prefix, values, p = "time: night; bird: ", ["owl", "wren", "robin"], []
@@ -567,6 +684,19 @@ def test_the_share_of_a_value_is_its_probability_worked_one_character_at_a_time(
 def test_bad_rows_are_counted_and_named(explored):
     assert "1 bad ones left out" in explored[0]
     assert "line 21: 5 cells, but the header has 3" in explored[0]
+
+
+def test_the_page_shows_the_start_of_a_very_long_row():
+    row = explore.Row(1, {}, "z" * 5000)
+    found = {"surprising": [(1.0, row, [0.0] * 5001, "", 0.0)], "pairs": [], "terms": [],
+             "checks": [], "suggested": []}
+    page = explore.page("f", [], explore.sections_of(found), found, [])
+    assert page.count("z") < 2100 and "zz..." in page
+
+
+def test_only_a_share_has_a_bar_and_no_value_that_looks_like_one():
+    table = explore.html_table(("after", "share", "value"), [("a", "75%", "50%")])
+    assert table.count("<meter") == 1 and 'value="0.75"' in table
 
 
 def test_the_page_escapes_the_data_and_loads_nothing(explored):
@@ -600,6 +730,8 @@ def test_a_stranger_model_file_runs_no_code(trained, tmp_path):
         (lambda p: p.write_text("[]", "utf-8"), "not written by train.py"),
         (lambda p: p.write_text(p.read_text("utf-8").replace('"n_layer": 1', '"n_layer": 2'),
                                 "utf-8"), "does not fit"),
+        (lambda p: p.write_text(p.read_text("utf-8").replace(': 32', f': {10**15}'), "utf-8"),
+         "does not describe"),  # more than any memory holds
         (lambda p: p.write_text(re.sub('"vocabulary": "..', '"vocabulary": "',
                                        p.read_text("utf-8")), "utf-8"), "does not describe"),
     ],
@@ -624,10 +756,24 @@ HOSTILE = [
     (train, "--text good.txt --epochs 0", "--epochs 0: must be 1 or more"),
     (train, "--text good.txt --lr nan", "--lr nan"),
     (train, "--text good.txt --n-embd 10 --n-head 4", "n_embd 10"),
+    (train, "--text good.txt --n-embd 1000000000000000 --n-head 2", "--n-embd"),
     (train, "--text good.txt --init none.pth", "no such model"),
     (train, "--text good.txt --init good.txt", "good.json is missing"),
     (train, "--text good.txt --init mine.pth", "mine.json is missing"),
-    (train, "--text good.txt --val-fraction 2", "characters"),
+    (train, "--text good.txt --val-fraction 2", "must be less than 1"),
+    (train, "--text good.txt --seed 9999999999", "less than 2^31"),
+    (train, "--text good.txt --output .", "no name of a file"),
+    (train, "--text good.txt --output ours.txt", "ours.txt exists and is no model"),
+    (train, "--text good.txt --output ours.pt", "ours.json exists and is no model"),
+    (advanced, "--calibrate good.txt --init none.pth --output x.pth", "changes no weights"),
+    (advanced, "--calibrate good.txt --init ours.pth --plot good.txt", "no picture of this"),
+    (advanced, "--decode-beta= --wanted g --init none.pth", "finite numbers"),
+    (explore, "--data table.csv --output x.html", "take the place of the model"),
+    (explore, "--data table.csv --output x.pth --report x.json", "take the place of the model"),
+    (explore, "--data table.csv --complete c:1;b:", "no field 'c'; the fields are a, b"),
+    (explore, "--data table.csv --ask none.pth", "no such model"),
+    (explore, "--data table.csv --ask ours.pth --output x.pth", "--ask trains nothing"),
+    (explore, "--data table.csv --ask ours.pth", "has never seen"),
     (advanced, "--offline-data bad_rewards.txt --output new.pth", "line 2"),
     (advanced, "--offline-data good.txt", "text|reward"),
     (advanced, "--offline-data two.txt", "too few"),
@@ -644,20 +790,22 @@ HOSTILE = [
     (explore, "--data few.csv", "8 are the least"),
     (explore, "--data table.csv --report good.txt", "no page of this program"),
     (explore, "--data table.csv --complete city", "End it in one"),
-    (explore, "--data table.csv --complete b:\u2603", "no value of b"),
+    (explore, "--data table.csv --complete b:\u2603", "none of the 2 commonest values of b"),
     (explore, "--data table.csv --folds 1", "--folds 1: must be 2"),
 ]
 
 
 @pytest.mark.parametrize(("module", "argv", "words"), HOSTILE)
 def test_a_mistake_is_one_message_and_nothing_is_overwritten(module, argv, words, tmp_path,
-                                                             monkeypatch, capsys):
+                                                             monkeypatch, capsys, trained):
     files = {
         "good.txt": b"the cat sees the dog\n" * 40, "empty.txt": b" \n", "short.txt": b"abc" * 30,
         "latin.txt": "caf\u00e9\n".encode("latin-1") * 99, "mine.pth": b"my own notes",
         "bad_rewards.txt": b"fine|1\nbad|x\n", "two.txt": b"a|1\nb|0\n", "empty.csv": b"",
         "zero.csv": b"a,b\n\0\0\n", "few.csv": b"a,b\n1,2\n", "good.pdf": b"x",
-        "table.csv": b"a,b\n" + b"1,2\n1,3\n" * 8,
+        "table.csv": b"a,b\n" + b"1,2\n1,3\n" * 8, "ours.txt": b"a diary, not the model",
+        "ours.pth": trained[0].read_bytes(), "ours.json": trained[0].with_suffix(
+            ".json").read_bytes(),
     }
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
@@ -693,6 +841,64 @@ def test_ctrl_c_saves_the_best_so_far_and_says_how_to_go_on(trained, tmp_path, c
     assert f"--init {out}" in said.err and "Ctrl-C" in said.err
     before, after = map(float, re.search(r"val loss (\S+) -> (\S+)", said.out).groups())
     assert after < before and load_gpt(out)
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "words"),
+    [
+        (train, "decode", "--text data.txt --epochs 1"),  # the sample of a model that is trained
+        (explore, "judge_unseen", "--data data.txt --epochs 1"),
+        (advanced, "learn_from_own", "--self-align --domain-terms bee --samples 8 --sample-chars 40"
+         " --init {}"),
+    ],
+)
+def test_ctrl_c_after_the_training_loses_nothing(module, name, words, trained, tmp_path,
+                                                 capsys, monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    (tmp_path / "data.txt").write_text("\n".join(lines_of(60)), "utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(module, name, interrupted)
+    argv = words.format(trained[0]).split() + ["--output", "gpt.pth", "--block-size", "48"]
+    assert module.main(argv + SMALL) == 130
+    assert "--init gpt.pth" in capsys.readouterr().err and load_gpt("gpt.pth")
+
+
+def test_a_reader_that_leaves_early_ends_the_program_quietly(folder, explored):
+    """As `| head` does, which closes its end of the pipe; here it is closed before the start."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "explore.py", "--data", "path/to/data.csv", "--ask",
+                           "gpt_knowledge.pth"], cwd=folder, stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_a_terminal_without_the_letter_is_no_reason_to_stop(tmp_path, monkeypatch):
+    (tmp_path / "data.csv").write_text("caf\u00e9,b\n" + "1,2\n" * 7, "utf-8")
+    screen = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setattr(explore, "run_explore", lambda args: print("caf\u00e9"))
+    assert explore.main(["--data", str(tmp_path / "data.csv")]) == 0
+    assert screen.buffer.getvalue() == b"caf?\n"
+
+
+def test_a_full_disk_is_one_message_and_leaves_the_old_model_whole(trained, tmp_path, capsys):
+    for ending in (".pth", ".json"):
+        shutil.copy(trained[0].with_suffix(ending), tmp_path / f"gpt{ending}")
+    files = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+
+    argv = ["--text", str(trained[1]), "--epochs", "1", "--block-size", "48", "--output",
+            str(tmp_path / "gpt.pth"), "--sample-chars", "1", *SMALL]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (9_999, limits[1]))  # no file longer than that
+    try:
+        assert train.main(argv) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert re.match(r"error: .*too large.*half written", capsys.readouterr().err)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == files
 
 
 def test_going_on_from_a_model_keeps_what_it_knew_and_takes_new_characters(trained, tmp_path,

@@ -5,7 +5,8 @@ Five modes, one at a time:
     python advanced.py --offline-data examples/reward_data.txt --epochs 3 --output gpt_offline.pth
         Offline RL: lines of text|reward; the better a line, the more it counts.
     python advanced.py --decode-beta 0,0.5,1,2 --wanted g --init gpt.pth
-        Reward-augmented decoding: the weights stay, the choice of each character is tilted.
+        Reward-augmented decoding: the weights stay, the choice of each character is tilted. Less of
+        a character: --decode-beta=-1,0 (with =, or the minus is taken for a flag).
     python advanced.py --self-align --domain-terms bee,honey --init gpt.pth --output gpt_bees.pth
         Self-alignment: the model writes, its texts are scored, it learns from the better ones.
     python advanced.py --calibrate examples/data.txt --init gpt.pth
@@ -37,6 +38,7 @@ from train import (
     add_training_flags,
     check_folder,
     check_output,
+    copy_of,
     decode,
     digest,
     encode,
@@ -50,6 +52,8 @@ from train import (
     run_cli,
     say_ladder,
     say_stopped,
+    seen_now,
+    seen_texts,
 )
 
 # ---- offline RL: text|reward ---------------------------------------------------------------------
@@ -70,8 +74,8 @@ def parse_rewards(text, path):
             value = float(reward)
         except ValueError:
             value = math.nan
-        if not complaint and not math.isfinite(value):
-            complaint = f"the reward {reward.strip()!r} is not a finite number"
+        if not complaint and not abs(value) < 1e100:  # larger ones cannot be squared
+            complaint = f"the reward {reward.strip()!r} is not a number below 1e100"
         if complaint:
             wrong.append(f"  line {number}: {complaint}: {line.strip()[:60]!r}")
         texts.append(said.strip())
@@ -123,14 +127,16 @@ def nats_per_character(model, lines, stoi):
 
 def high_and_low(texts, rewards):
     """The texts with a reward above the mean, and the others."""
-    mean = rewards.mean()
+    mean = max(rewards.mean(), rewards.min())  # of equal ones it may be less, by rounding
     return ([t for t, r in zip(texts, rewards) if r > mean],
             [t for t, r in zip(texts, rewards) if r <= mean])
 
 
 def reward_temperature(rewards, given):
     """--reward-temperature, or half of the rewards' standard deviation: any unit will do."""
-    return given or rewards.std(correction=0).item() / 2 or 1.0
+    if rewards.min() == rewards.max():  # by rounding their deviation need not be 0
+        return given or 1.0
+    return given or rewards.std(correction=0).item() / 2
 
 
 def train_weighted(model, texts, weights, held_out_lines, stoi, args):
@@ -161,8 +167,8 @@ def split_rewarded(texts, rewards, args):
 
 def run_offline(args):
     # 1. lines and what they are worth
-    texts, rewards = parse_rewards(read_text(args.offline_data, "--offline-data"),
-                                   args.offline_data)
+    source = read_text(args.offline_data, "--offline-data")
+    texts, rewards = parse_rewards(source, args.offline_data)
     (kept, kept_rewards), (high, low) = split_rewarded(texts, rewards, args)
     temperature = reward_temperature(kept_rewards, args.reward_temperature)
     weights = advantage_weights(kept_rewards, temperature)
@@ -171,7 +177,7 @@ def run_offline(args):
     headline("offline RL", model.to(device), device, args.seed)
     say_weights(texts, kept, kept_rewards, weights, temperature)
     before = [nats_per_character(model, lines, stoi) for lines in (high, low)]
-    untrained = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    untrained = copy_of(model)
 
     # 2. learn from each as much as it is worth
     result, train, val = train_weighted(model, kept, weights, high, stoi, args)
@@ -181,22 +187,36 @@ def run_offline(args):
     # 3. what has become likelier?
     rows = {"before": before, "after": after}
     if args.control and not result["stopped"]:
-        model.load_state_dict(untrained)
-        print("\nthe same once more, with every line counting the same")
-        train_weighted(model, kept, torch.ones(len(kept)), high, stoi, args)
-        rows["unweighted"] = [nats_per_character(model, lines, stoi) for lines in (high, low)]
+        rows["unweighted"] = run_control(model, untrained, kept, high, low, stoi, args)
     say_likelier(rows, len(high), len(low))
-    return finish(model, itos, result, args, digest("\n".join(texts)))
+    return finish(model, itos, result, args, seen_now(args, source),
+                  val_loss=round(result["after"], 6))
+
+
+def run_control(model, untrained, kept, high, low, stoi, args):
+    """The same training with every line counting the same: [nats on high, nats on low].
+
+    The model is as before afterwards: the weighted one is what the user asked for and gets.
+    """
+    weighted = copy_of(model)
+    model.load_state_dict(untrained)
+    print("\nthe same once more, with every line counting the same")
+    result, *_ = train_weighted(model, kept, torch.ones(len(kept)), high, stoi, args)
+    losses = [nats_per_character(model, lines, stoi) for lines in (high, low)]
+    model.load_state_dict(weighted)
+    if result["stopped"]:
+        print("the control was stopped by Ctrl-C: its numbers are those of a shorter training")
+    return losses
 
 
 def say_weights(texts, kept, rewards, weights, temperature):
-    print(f"{len(texts)} lines, {len(texts) - len(kept)} of them held out; rewards "
-          f"{rewards.min():g} to {rewards.max():g}, mean {rewards.mean():.3f}")
+    print(f"{len(texts)} lines, {len(texts) - len(kept)} of them held out (val: those of high "
+          f"reward); rewards {rewards.min():g} to {rewards.max():g}, mean {rewards.mean():.3f}")
     size = effective_size(weights)
     print(f"weights exp((reward - mean) / {temperature:.3g}), mean 1: {weights.min():.2f} to "
           f"{weights.max():.2f}; as informative as {size:.0f} of the {len(kept)} lines")
     if weights.max() - weights.min() < 1e-9:
-        print("note: all rewards are the same, so nothing is preferred: this is plain training")
+        print("note: all weights are the same, so nothing is preferred: this is plain training")
     elif size < 0.1 * len(kept):
         print("note: a few lines take nearly all of the weight; a larger --reward-temperature "
               "spreads it")
@@ -213,11 +233,10 @@ def say_likelier(rows, n_high, n_low):
           f"{now_low - now_high:+.3f} nats per character (n={n_high + n_low})")
 
 
-def finish(model, itos, result, args, sha256, **about):
+def finish(model, itos, result, args, trained_on, **about):
     """Write the model if asked to, and say what comes next. The exit code."""
     if args.output:
-        save_gpt(args.output, model, "".join(itos), val_loss=round(result["after"], 6),
-                 trained_on={"sha256": sha256, "characters": None}, **about)
+        save_gpt(args.output, model, "".join(itos), trained_on=trained_on, **about)
         print(f"wrote {args.output} (weights), {settings_path(args.output)} (vocabulary, "
               "hyperparameters)")
         print(f"next: python advanced.py --decode-beta 0,0.5,1,2 --wanted g --init {args.output}")
@@ -263,7 +282,7 @@ def run_decode(args):
         # what the tilt costs: how unlikely the model itself finds the text
         loss = row_losses(model, *in_context(ids, model.block_size))
         shown = " ".join(text[0].split())[-44:]  # the end: all begin from the same random numbers
-        print(f"{beta:6g} {shares[-1]:10.2f} {loss.sum() / (loss > 0).sum():16.3f}   {shown}")
+        print(f"{beta:6g} {shares[-1]:10.2f} {loss.mean():16.3f}   {shown}")
     print(f"result: wanted characters {shares[0]:.2f} -> {shares[-1]:.2f} % "
           f"(beta {betas[0]:g} -> {betas[-1]:g}, n={n:,} each)")
     print(f"next: python advanced.py --self-align --domain-terms bee,honey --init {args.init}")
@@ -336,39 +355,56 @@ def run_self_align(args):
                         ", so it can never write these words; choose others")
     device = pick_device()
     headline("self-alignment", model.to(device), device, args.seed)
-    print(f"reward: how many of {', '.join(terms)} a text of {args.sample_chars} characters has")
+    print(f"reward: how many of {', '.join(terms)} a text of "
+          f"{min(args.sample_chars, model.block_size)} characters has")
     print(f"{'round':>5} {'texts with one, %':>18} {'terms per text':>15} {'different lines':>16} "
           f"{'nats/char of the first model':>29}")
     torch.manual_seed(args.seed)
     first = load_gpt(args.init)[0].to(device)
-    measured = []
-    for number in range(args.rounds + 1):
-        # 1. write  2. score
-        texts = write_texts(model, stoi, itos, args)
-        measured.append(measure_texts(texts, terms))
-        rows = text_rows(texts, stoi)
-        cost = row_losses(first, *rows).mean().item()  # how strange the first model finds it
-        share, per_text, different = measured[-1]
-        print(f"{number:5} {share:18.1f} {per_text:15.2f} {different:16.2f} {cost:29.3f}",
-              flush=True)
-        if number == args.rounds:
-            break
-        rewards = torch.tensor([term_reward(t, terms) for t in texts], dtype=torch.float64)
-        if rewards.max() == 0:
-            raise UserError(f"none of {len(texts)} texts has any of {', '.join(terms)}: there is "
-                            "nothing to prefer. Use words of the training text, or more --samples")
-        # 3. learn from each as much as it is worth
-        weights = advantage_weights(rewards, reward_temperature(rewards, args.reward_temperature))
-        weighted = (*rows, weights.float())
-        result = fit(model, lambda generator: weighted, rows, epochs=1, batch_size=16,
-                     lr=args.lr / 4, seed=args.seed + number, show=False,
-                     keep_best=False, updates=20)
-        if result["stopped"]:
-            break
+    shares, stopped = [], False
+    try:
+        for number in range(args.rounds + 1):
+            # 1. write  2. score
+            texts = write_texts(model, stoi, itos, args)
+            shares.append(say_round(number, texts, terms, first, stoi))
+            if number == args.rounds:
+                break
+            # 3. learn from each as much as it is worth
+            stopped = learn_from_own(model, texts, terms, stoi, args, args.seed + number)
+            if stopped:
+                break
+    except KeyboardInterrupt:  # while it writes
+        stopped = True
+        if not shares:
+            raise
     print("a sample\n" + max(texts[:8], key=lambda t: term_reward(t, terms)).strip() + "\n")
-    print(f"result: texts with a wanted term {measured[0][0]:.1f} -> {measured[-1][0]:.1f} % "
+    print(f"result: texts with a wanted term {shares[0]:.1f} -> {shares[-1]:.1f} % "
           f"(n={args.samples} each)")
-    return finish(model, itos, {**result, "after": cost}, args, "")
+    return finish(model, itos, {"stopped": stopped}, args, seen_texts(args.init))
+
+
+def say_round(number, texts, terms, first, stoi):
+    """Print a row of the table; the share of texts with a term, in %."""
+    share, per_text, different = measure_texts(texts, terms)
+    cost = row_losses(first, *text_rows(texts, stoi)).mean()  # how strange the first model finds it
+    print(f"{number:5} {share:18.1f} {per_text:15.2f} {different:16.2f} {cost:29.3f}", flush=True)
+    return share
+
+
+def learn_from_own(model, texts, terms, stoi, args, seed):
+    """One round on texts, each weighted by its reward; whether Ctrl-C stopped it.
+
+    Raises UserError where no text has a reward.
+    """
+    rewards = torch.tensor([term_reward(text, terms) for text in texts], dtype=torch.float64)
+    if rewards.max() == 0:
+        raise UserError(f"none of {len(texts)} texts has any of {', '.join(terms)}: there is "
+                        "nothing to prefer. Use words of the training text, or more --samples")
+    weights = advantage_weights(rewards, reward_temperature(rewards, args.reward_temperature))
+    rows = text_rows(texts, stoi)
+    weighted = (*rows, weights.float())
+    return fit(model, lambda generator: weighted, rows, epochs=1, batch_size=16, lr=args.lr / 4,
+               seed=seed, show=False, keep_best=False, updates=20)["stopped"]
 
 
 # ---- calibration ---------------------------------------------------------------------------------
@@ -430,19 +466,26 @@ def logits_of(model, ids):
     return tuple(torch.cat(part) for part in zip(*parts))
 
 
-def unseen_part(text, settings, path):
-    """What of the text the model was not trained on: its end, if it is the training text."""
-    trained_on = settings.get("trained_on") or {}
-    if trained_on.get("sha256") != digest(text):
-        print(f"{path} is not the text that the model was trained on: all of it is used")
+def unseen_part(text, seen, path):
+    """What of the text the model was not trained on: its end, if it is a training text.
+
+    seen: see seen_texts(). Raises UserError for a text that was trained on as a whole.
+    """
+    trained = [one.get("characters") for one in seen if one.get("sha256") == digest(text)]
+    if not trained:
+        print(f"{path} is no file that the model was trained on: all of it is used")
         return text
-    if not trained_on.get("characters"):
+    if None in trained:
         raise UserError(f"--calibrate {path}: the model was trained on all of it, and looks surer "
                         "there than it is anywhere else; use another text")
-    unseen = text[trained_on["characters"] :]
+    unseen = text[max(trained) :]
     print(f"{path} is what the model was trained on: only its held-out end is used, "
           f"{len(unseen):,} characters")
     return unseen
+
+
+MOST_LOGITS = 10_000_000  # guesses x vocabulary, 8 bytes each and several copies of them
+MARK = "personal_gpt calibration"  # an older picture of ours may be replaced, no other file
 
 
 def draw_reliability(path, before, after, temperature):
@@ -465,8 +508,17 @@ def draw_reliability(path, before, after, temperature):
                   xlim=(0, 1.03), ylim=(0, 1.03))
     panels[0].set_ylabel("share of guesses that are correct")
     panels[0].legend(loc="upper left", frameon=False, fontsize=8, markerscale=0.5)
-    write_whole(path, lambda file: figure.savefig(file, format="png", dpi=120))
+    write_whole(path, lambda file: figure.savefig(file, format="png", dpi=120,
+                                                  metadata={"Title": MARK}))
     plt.close(figure)
+
+
+def check_plot(path):
+    """Raises UserError where the picture would take the place of something else."""
+    check_folder("--plot", path)
+    if path.is_dir() or path.exists() and MARK.encode() not in path.read_bytes()[:1000]:
+        raise UserError(f"--plot {path} exists and is no picture of this program; delete it or "
+                        "choose another name: --plot other.png")
 
 
 def run_calibrate(args):
@@ -474,11 +526,11 @@ def run_calibrate(args):
     model, stoi, itos = load_gpt(require_init(args))
     settings = read_settings(args.init)
     picture = Path(args.plot or f"{Path(args.init).with_suffix('')}_reliability.png")
-    check_folder("--plot", picture)
+    check_plot(picture)
     text = read_text(args.calibrate, "--calibrate")
     device = pick_device()
     headline("calibration", model.to(device), device, args.seed)
-    text = unseen_part(text, settings, args.calibrate)
+    text = unseen_part(text, seen_texts(args.init), args.calibrate)
     known = "".join(c for c in text if c in stoi)
     if len(known) < len(text):
         print(f"left out: {len(text) - len(known):,} characters that the model does not know")
@@ -486,6 +538,11 @@ def run_calibrate(args):
         raise UserError(f"--calibrate {args.calibrate}: {len(known)} characters that the model has "
                         "not seen are too few to fit on one half and measure on the other; 200 are "
                         "the least, thousands are better")
+
+    most = max(200, MOST_LOGITS // len(itos))
+    if len(known) > most:
+        print(f"its first {most:,} characters are used: more would hardly change one number")
+        known = known[:most]
 
     # 2. T on every other window, measured on those between
     logits, targets, window = logits_of(model, encode(known, stoi))
@@ -540,16 +597,18 @@ def run_advanced(args):
     if args.reward_temperature is not None and not 0 < args.reward_temperature < math.inf:
         raise UserError(f"--reward-temperature {args.reward_temperature}: must be more than 0 and "
                         "finite")
-    check_output(args.output, (args.offline_data, args.calibrate))
-    if args.offline_data:
+    if args.output and (args.decode_beta is not None or args.calibrate is not None):
+        raise UserError(f"--output {args.output}: this mode changes no weights; leave the flag out")
+    check_output(args.output, (args.offline_data,))
+    if args.offline_data is not None:
         return run_offline(args)
-    if args.decode_beta:
+    if args.decode_beta is not None:
         return run_decode(args)
     return run_self_align(args) if args.self_align else run_calibrate(args)
 
 
 def main(argv=None):
-    return run_cli(run_advanced, build_parser().parse_args(argv))
+    return run_cli(run_advanced, build_parser(), argv)
 
 
 if __name__ == "__main__":

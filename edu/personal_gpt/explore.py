@@ -1,7 +1,7 @@
 """Train a small GPT on a table, on JSON lines or on plain text, and ask it what it has learned.
 
     python explore.py --data examples/data.csv --epochs 2 --output gpt_knowledge.pth
-    python explore.py --data examples/data.csv --complete "bird: owl; place: "
+    python explore.py --data examples/data.csv --ask gpt_knowledge.pth --complete "bird: owl; "
 
 Every row becomes a line, `field: value; field: value`, and the model learns the lines. Then:
     most surprising rows    those it would least have expected, each judged by a model that has not
@@ -10,23 +10,26 @@ Every row becomes a line, `field: value; field: value`, and the model learns the
     terms                   the words, how often and how unevenly they occur
     co-occurrences          pairs that come together more often than chance has it (counted)
 On the terminal and, with --output or --report, as an HTML page that needs nothing but itself.
+--ask puts questions to a model that is there already, at once; without it, one is trained.
 """
 
 import argparse
 import codecs
+import contextlib
 import csv
 import html
 import itertools
 import json
 import math
 import re
+import shlex
 import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from model import UserError, save_gpt, settings_path, write_whole
+from model import UserError, load_gpt, save_gpt, settings_path, write_whole
 from train import (
     IGNORE,
     ROW_UPDATES,
@@ -45,9 +48,13 @@ from train import (
     run_cli,
     say_ladder,
     say_stopped,
+    seen_now,
+    seen_texts,
 )
 
 SHOWN = 10  # rows of each table on the terminal
+# What a terminal would obey rather than show, and halves of characters, which no file can hold
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 WORD = re.compile(r"[^\W_]+(?:['\u2019-][^\W_]+)*")
 
 
@@ -70,7 +77,8 @@ MARKS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF32_LE, "utf-32"),
 def read_any_text(path):
     """(text, encoding, note) of a file in UTF-8, UTF-16, UTF-32 or Windows' Latin alphabet.
 
-    The last is a guess, made aloud in note: any bytes at all are text in it. Raises UserError.
+    The last is a guess, made aloud in note: any bytes at all are text in it. Line breaks come as
+    \\n. Raises UserError.
     """
     try:
         raw = Path(path).read_bytes()
@@ -92,7 +100,7 @@ def read_any_text(path):
                         f"mark; convert it:\n  iconv -f UTF-16LE -t UTF-8 {path} > utf8.txt")
     if not text.strip():
         raise UserError(f"--data {path} is empty: there is nothing to learn from")
-    return text, encoding, note
+    return text.lstrip("\ufeff").replace("\r\n", "\n").replace("\r", "\n"), encoding, note
 
 
 def decode_latin(raw):
@@ -106,9 +114,18 @@ def decode_latin(raw):
 # ---- text to rows --------------------------------------------------------------------------------
 
 
+def one_line(text):
+    return " ".join(CONTROL.sub(" ", text).split())
+
+
 def clean(value):
     """A value on one line, without the ; that ends it in a row's text."""
-    return " ".join(str(value).replace(";", ",").split())
+    return one_line(str(value).replace(";", ","))
+
+
+def fields_of(rows):
+    """The names of all fields, in the order in which they first occur."""
+    return list(dict.fromkeys(field for row in rows for field in row.values))
 
 
 def row_text(values):
@@ -122,7 +139,9 @@ def sniff_delimiter(lines):
     (csv.Sniffer also takes letters and spaces for delimiters.)
     """
     def agreement(delimiter):
-        widths = Counter(len(cells) for cells in csv.reader(lines[:50], delimiter=delimiter))
+        widths = Counter()
+        with contextlib.suppress(csv.Error):  # a cell that is too long; csv_records names it
+            widths.update(len(cells) for cells in csv.reader(lines[:50], delimiter=delimiter))
         widths.pop(0, None)  # empty lines
         width, count = widths.most_common(1)[0] if widths else (1, 0)
         return (count if width > 1 else 0, width)
@@ -138,7 +157,7 @@ def csv_records(lines, delimiter):
     """
     at, width = 0, None
     while at < len(lines):
-        reader = csv.reader(itertools.islice(lines, at, at + 100), delimiter=delimiter, strict=True)
+        reader = csv.reader(lines[at : at + 100], delimiter=delimiter, strict=True)
         try:
             cells, complaint = next(reader), ""
         except csv.Error as error:
@@ -159,13 +178,15 @@ def header_names(cells):
     names = []
     for i, cell in enumerate(cells, 1):
         name = clean(cell.replace(":", " ")) or f"column {i}"
-        names.append(name if name not in names else f"{name} {i}")
+        while name in names:
+            name = f"{name} {i}"
+        names.append(name)
     return names
 
 
 def rows_of_csv(text):
     """(rows, bad, note): bad is a list of (line number, reason)."""
-    lines = text.splitlines(keepends=True)
+    lines = [line + "\n" for line in text.split("\n")]  # splitlines would cut at U+2028 as well
     delimiter = sniff_delimiter(lines)
     records = list(csv_records(lines, delimiter))
     bad = [(number, complaint) for number, _, complaint in records if complaint]
@@ -177,7 +198,9 @@ def rows_of_csv(text):
         values = {n: clean(cell) for n, cell in zip(names, cells) if clean(cell)}
         rows.append(Row(number, values, row_text(values)))
     shown = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}[delimiter]
-    return rows, bad, f"delimiter {shown}, columns {', '.join(names)}"
+    doubt = "; the first line looks like data: if it is, put one with the columns' names above it"
+    return rows, bad, (f"delimiter {shown}, columns {', '.join(names)}" +
+                       doubt * any(re.fullmatch(r"[-+]?\d[\d.,]*", name) for name in names))
 
 
 def flatten(value, path=""):
@@ -202,7 +225,7 @@ def flatten(value, path=""):
 
 def rows_of_jsonl(text):
     rows, bad = [], []
-    for number, line in enumerate(text.split("\n"), 1):  # splitlines would cut at U+2028 as well
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -215,15 +238,15 @@ def rows_of_jsonl(text):
         if values:
             rows.append(Row(number, values, row_text(values)))
         else:
-            kind = "an empty object" if values == {} else f"a {type(record).__name__}, no object"
-            bad.append((number, kind))
-    fields = dict.fromkeys(field for row in rows for field in row.values)
+            bad.append((number, "an object without values" if values == {} else
+                        f"no object in braces, but {line.strip()[:30]}"))
+    fields = fields_of(rows)
     return rows, bad, f"fields {', '.join(fields)}"
 
 
 def rows_of_text(text):
     lines = enumerate(text.split("\n"), 1)
-    return [Row(i, {}, " ".join(line.split())) for i, line in lines if line.strip()], [], "lines"
+    return [Row(i, {}, one_line(line)) for i, line in lines if line.strip()], [], "lines"
 
 
 READERS = {".csv": rows_of_csv, ".tsv": rows_of_csv, ".jsonl": rows_of_jsonl,
@@ -237,7 +260,7 @@ def read_rows(path):
         raise UserError(f"--data {path}: the ending says how to read it, and must be one of "
                         f"{', '.join(READERS)}")
     text, encoding, note = read_any_text(path)
-    rows, bad, described = reader(text.lstrip("\ufeff").replace("\r\n", "\n").replace("\r", "\n"))
+    rows, bad, described = reader(text)
     rows = [row for row in rows if row.text]
     if len(rows) < 8:
         first = f"; line {bad[0][0]}: {bad[0][1]}" if bad else ""
@@ -273,17 +296,18 @@ def items_of(row):
     return sorted({term.lower() for term in WORD.findall(row.text)})
 
 
-def co_occurrences(rows, min_count=5):
+def co_occurrences(rows, min_count=5, most=1000):
     """[(a, b, count, expected, lift)] of pairs in the same row, strongest evidence first.
 
     lift = how many times more often than if a and b had nothing to do with each other. A rare pair
     has a great lift by chance, so pairs seen less than min_count times are left out, and the order
     is by count * ln(lift), which is both often and unexpected. ln(lift) is the pair's pointwise
-    mutual information (Church and Hanks 1990).
+    mutual information (Church and Hanks 1990). Only the `most` commonest items are paired: a text
+    of 10,000 different words has 50 million pairs, more than fit into memory.
     """
     each = [items_of(row) for row in rows]
     single = Counter(itertools.chain.from_iterable(each))
-    frequent = {item for item, n in single.items() if n >= min_count}
+    frequent = {item for item, n in single.most_common(most) if n >= min_count}
     pairs = Counter(pair for items in each for pair in
                     itertools.combinations([i for i in items if i in frequent], 2))
     table = []
@@ -394,7 +418,7 @@ def surprising_rows(rows, losses):
 
 def columns_of(rows, most=30):
     """{field: its values, commonest first} where a value occurs again and there are few of them."""
-    fields = dict.fromkeys(field for row in rows for field in row.values)
+    fields = fields_of(rows)
     counted = {f: Counter(r.values[f] for r in rows if f in r.values) for f in fields}
     return {f: [value for value, _ in c.most_common(most)] for f, c in counted.items()
             if 1 < len(c) and c.most_common(1)[0][1] > 1}
@@ -423,38 +447,62 @@ def score_values(model, stoi, prefix, candidates):
 
 
 def parse_partial(prompt, fields, columns):
-    """(prefix, field, begun) of "bird: owl; place: mi", or of "bird: owl; ": the next field.
+    """(given, field, begun) of "bird: owl; place: mi": {"bird": "owl"}, "place", "mi".
 
-    Raises UserError where it cannot be told which field is meant, or its values are all different.
+    "bird: owl; " asks for the field after bird. Raises UserError for a field that is not in the
+    data, and where it cannot be told which is asked for, or its values are all different.
     """
-    head, separator, tail = (prompt if prompt.endswith(" ") else prompt + " ").rpartition("; ")
-    field, colon, begun = tail.rstrip().partition(":")
-    if not tail.strip():  # which field follows those given?
-        given = {part.partition(":")[0].strip() for part in head.split(";")}
+    *head, tail = prompt.split(";")
+    pairs = [[clean(piece) for piece in part.partition(":")[::2]] for part in head]
+    given = {name: value for name, value in pairs if name}
+    if unknown := [name for name in given if name not in fields]:
+        raise UserError(f"--complete {prompt!r}: there is no field {unknown[0]!r}; the fields are "
+                        f"{', '.join(fields)}")
+    field, colon, begun = (clean(piece) for piece in tail.partition(":"))
+    if not field and not colon:  # which field follows those given?
         last = max((i for i, f in enumerate(fields) if f in given), default=-1)
-        field = next((f for f in fields[last + 1 :] if f in columns), None)
-        colon, begun = ":", ""
+        field, colon = next((f for f in fields[last + 1 :] if f in columns), None), ":"
     if not colon or field not in columns:
         some = next(iter(columns), "field")
         raise UserError(f"--complete {prompt!r}: no field with a choice of values is asked for. "
                         f"End it in one, a colon and a space, such as '{some}: '; fields with "
                         f"a choice are {', '.join(columns) or 'none'}")
-    return f"{head}{separator}{field}: ", field, begun.strip()
+    return {f: value for f, value in given.items() if value and f != field}, field, begun
+
+
+def around(given, field, fields):
+    """What stands before the value of field in a row's text, and what after it.
+
+    In the order of the data, whatever that of the question: the model knows no other.
+    """
+    at = fields.index(field)
+    before = {f: given[f] for f in fields[:at] if f in given}
+    after = row_text({f: given[f] for f in fields[at + 1 :] if f in given})
+    return row_text({**before, field: ""}), f"; {after}" if after else ""
+
+
+def question(prompt, fields, columns, known):
+    """(prefix, values, suffix): what the model is to choose from, and the row around it.
+
+    Raises UserError for a prompt that asks for no field, and for letters that are not known.
+    """
+    given, field, begun = parse_partial(prompt, fields, columns)
+    prefix, suffix = around(given, field, fields)
+    refuse_unknown(prefix + suffix, known)
+    values = [value for value in columns[field] if value.startswith(begun)]
+    if not values:
+        raise UserError(f"--complete {prompt!r}: none of the {len(columns[field])} commonest "
+                        f"values of {field} begins with {begun!r}; there are "
+                        f"{', '.join(columns[field][:12])}")
+    return prefix, values, suffix
 
 
 def suggest(model, stoi, fields, columns, prompt):
-    """(prefix, [(value, share)]): the values that the model expects next, likeliest first.
-
-    Raises UserError for a prompt that asks for no field, and for letters that the data never had.
-    """
-    prefix, field, begun = parse_partial(prompt, fields, columns)
-    refuse_unknown(prefix, stoi)
-    values = [value for value in columns[field] if value.startswith(begun)]
-    if not values:
-        raise UserError(f"--complete {prompt!r}: no value of {field} begins with {begun!r}; there "
-                        f"are {', '.join(columns[field][:12])}")
-    shares = score_values(model, stoi, prefix, values)
-    return prefix, sorted(zip(values, shares), key=lambda pair: -pair[1])
+    """(question, [(value, share)]): the values that the model expects, likeliest first."""
+    prefix, values, suffix = question(prompt, fields, columns, stoi)
+    # p(value | before, after) ~ p(value | before) p(after | before, value)
+    shares = score_values(model, stoi, prefix, [value + suffix for value in values])
+    return prefix + f"?{suffix}" * bool(suffix), sorted(zip(values, shares), key=lambda p: -p[1])
 
 
 def refuse_unknown(prompt, stoi):
@@ -498,7 +546,7 @@ def default_prompts(rows, columns):
         return [f"{name}: " for name in names]
     asked = max(names[:-1], key=lambda name: len(columns[name]))  # tells most about the others
     follows = names[names.index(asked) + 1]
-    return [f"{asked}: {value}; {follows}: " for value in columns[asked][:4]]
+    return [f"{asked}: {value}; {follows}: " for value in columns[asked][:3]]
 
 
 def continuations(one, prompt, seed, n=3):
@@ -541,15 +589,11 @@ def sections_of(found):
               for field, n, right, common in found["checks"]]
     terms = [(term, str(n), str(in_rows), f"{score:.1f}")
              for term, n, in_rows, score in found["terms"]]
-    suggested = [(prompt, f"{share:.0%}" if share is not None else "", value)
-                 for prompt, pairs_ in found["suggested"] for value, share in pairs_]
     return [
         ("most surprising rows", "nats per character, from a model that was trained on other rows" +
          "; in brackets, nats beyond what the field usually costs" * is_table,
          ("nats/char", "line", *["least expected"] * is_table, "row"), surprising),
-        ("next values", "what the model expects after a partial row" if is_table else
-         "how the model goes on (temperature 0.7)",
-         ("after", "share", "value"), suggested),
+        suggested_section(found["suggested"]),
         ("does it know?", "values guessed from those before them in rows not trained on, and how "
          "often the commonest value would be right", ("field", "n", "right", "commonest"), checks),
         ("co-occurrences", "counted: lift is how many times more often than by chance; strongest "
@@ -559,11 +603,21 @@ def sections_of(found):
     ]
 
 
+def suggested_section(suggested):
+    """The answers to --complete: shares of the values, or for plain text how it goes on."""
+    table = [(prompt, value) if share is None else (prompt, f"{share:.0%}", value)
+             for prompt, pairs in suggested for value, share in pairs]
+    if table and len(table[0]) == 2:
+        return "next values", "how the model goes on, temperature 0.7", ("after", "text"), table
+    return ("next values", "what the model expects in a partial row", ("after", "share", "value"),
+            table)
+
+
 def say_found(sections):
     for title, explanation, header, table in sections:
         if table:
             print(f"\n{title} ({explanation})")
-            print(columns_text(header, table[: 12 if title == "next values" else SHOWN]))
+            print(columns_text(header, table if title == "next values" else table[:SHOWN]))
 
 
 # ---- the page ------------------------------------------------------------------------------------
@@ -591,18 +645,18 @@ def heat_style():
                    for i in range(1, 10))
 
 
-def heat(text, losses):
-    """The characters of a row, shaded: h1 from 1 nat on, h9 from 9 on. Escaped."""
-    shades = [min(9, int(loss)) for loss in losses]
+def heat(text, losses, most=2000):
+    """The first characters of a row, shaded: h1 from 1 nat on, h9 from 9 on. Escaped."""
+    shades = [min(9, int(loss)) for loss in losses[:most]]
     parts = []
     for shade, group in itertools.groupby(zip(text, shades), key=lambda pair: pair[1]):
         piece = html.escape("".join(c for c, _ in group))
         parts.append(f'<span class="h{shade}">{piece}</span>' if shade else piece)
-    return "".join(parts)
+    return "".join(parts) + "..." * (len(text) > most)
 
 
-def html_cell(cell, is_number):
-    if re.fullmatch(r"\d+%", cell):
+def html_cell(cell, is_number, title):
+    if title in ("share", "right", "commonest"):  # a 50% in the data gets no bar
         share = int(cell[:-1]) / 100
         return f'<td class="n">{cell} <meter value="{share}"></meter></td>'
     return f'<td class="n">{cell}</td>' if is_number else f"<td>{html.escape(cell)}</td>"
@@ -616,7 +670,7 @@ def html_table(header, table, heats=None):
                    for h, n in zip(header, numeric))
     body = []
     for i, row in enumerate(table):
-        cells = [html_cell(cell, n) for cell, n in zip(row, numeric)]
+        cells = [html_cell(*triple) for triple in zip(row, numeric, header)]
         if heats:
             cells[-1] = f'<td class="row">{heats[i]}</td>'
         body.append(f"<tr>{''.join(cells)}</tr>")
@@ -650,11 +704,15 @@ def page(name, facts, sections, found, bad):
 """
 
 
-def check_report(path, data):
+def check_report(path, args):
     """Raises UserError where the page would take the place of something else."""
     if path is None:
         return
     check_folder("--report", path)
+    if args.output and path.resolve() in (Path(args.output).resolve(),
+                                          settings_path(args.output).resolve()):
+        raise UserError(f"the page {path} would take the place of the model in {args.output}; "
+                        "choose another name: --report other.html")
     if path.is_dir() or path.exists() and MARK.encode() not in path.read_bytes()[:1000]:
         raise UserError(f"--report {path} exists and is no page of this program; delete it or "
                         "choose another name: --report other.html")
@@ -677,7 +735,7 @@ def say_data(path, rows, bad, notes):
     for number, reason in bad[:5]:
         print(f"  line {number}: {reason}")
     if len(bad) > 5:
-        print(f"  and {len(bad) - 5:,} more" + (", all in the report" if len(bad) < 200 else ""))
+        print(f"  and {len(bad) - 5:,} more; a page (--report FILE) names up to 200")
     return facts
 
 
@@ -703,72 +761,104 @@ def judge_unseen(rows, args, alphabet):
 
 def suggestions(one, rows, columns, prompts, seed):
     """[(prompt, [(value, share or None)])]."""
-    if not rows[0].values:
+    fields = fields_of(rows)
+    if not fields:
         return [(p, [(text, None) for text in continuations(one, p, seed)]) for p in prompts]
-    fields = list(dict.fromkeys(field for row in rows for field in row.values))
     return [(prefix, found[:4]) for prefix, found in
             (suggest(one["model"], one["stoi"], fields, columns, prompt) for prompt in prompts)]
 
 
 def check_prompts(prompts, rows, columns, alphabet):
     """Raises UserError for a --complete that cannot be answered, before the training."""
-    fields = list(dict.fromkeys(field for row in rows for field in row.values))
+    fields = fields_of(rows)
     for prompt in prompts:
-        if rows[0].values:
-            prefix, field, begun = parse_partial(prompt, fields, columns)
-            if not any(value.startswith(begun) for value in columns[field]):
-                raise UserError(f"--complete {prompt!r}: no value of {field} begins with "
-                                f"{begun!r}; there are {', '.join(columns[field][:12])}")
-            prompt = prefix
-        refuse_unknown(prompt, alphabet)
+        if not fields:
+            refuse_unknown(prompt, alphabet)
+            continue
+        question(prompt, fields, columns, alphabet)
+        for name, value in parse_partial(prompt, fields, columns)[0].items():
+            if all(row.values.get(name) != value for row in rows):
+                print(f"note: no row has {name}: {value}, so only its letters can tell the model "
+                      "anything")
+
+
+def answer(args, rows, columns, prompts):
+    """--ask: the next values of a model that is there already, without any training."""
+    model, stoi, itos = load_gpt(args.ask)
+    other = sorted({c for row in rows for c in row.text} - set(stoi))
+    if other:
+        raise UserError(f"--ask {args.ask}: the model has never seen {''.join(other[:20])!r}, so "
+                        f"{args.data} is not what it was trained on; train one that was:\n"
+                        f"  python explore.py --data {shlex.quote(args.data)} --output other.pth")
+    device = pick_device()
+    headline("explore", model.to(device), device, args.seed)
+    sha256 = digest(read_any_text(args.data)[0])
+    if all(text.get("sha256") != sha256 for text in seen_texts(args.ask)):
+        print(f"note: {args.data} is not the file that the model was trained on, or has changed")
+    one = {"model": model, "stoi": stoi, "itos": itos}
+    say_found([suggested_section(suggestions(one, rows, columns, prompts, args.seed))])
+    print(f"\nnext: python explore.py --data {shlex.quote(args.data)} --report report.html")
 
 
 def run_explore(args):
     # 1. rows, and what can be counted in them
+    if args.ask and (args.output or args.report or args.init):
+        raise UserError("--ask trains nothing and finds nothing new: it goes with --data and "
+                        "--complete, without --output, --report and --init")
     check_output(args.output, (args.data,))
     report = args.report or (args.output and Path(args.output).with_suffix(".html"))
     report = Path(report) if report else None
-    check_report(report, args.data)
+    check_report(report, args)
     rows, bad, notes = read_rows(args.data)
     alphabet = "".join(sorted({c for row in rows for c in row.text} | {"\n"}))
     columns = columns_of(rows)
     prompts = args.complete or default_prompts(rows, columns)
     check_prompts(prompts, rows, columns, alphabet)
+    if args.ask:
+        return answer(args, rows, columns, prompts)
 
     # 2. learn: from all rows for the model that is kept, from halves to judge the rows
     facts = say_data(args.data, rows, bad, notes)
     one = learn(rows, args, alphabet, show=True)
+    if args.output:  # now, so that Ctrl-C in what follows loses nothing
+        save_gpt(args.output, one["model"], "".join(one["itos"]), val_loss=round(one["after"], 6),
+                 trained_on=seen_now(args, read_any_text(args.data)[0]))
     say_ladder(one["train"], one["val"], len(one["itos"]), one["after"])
-    if not one["stopped"]:
-        folds, learned, losses = judge_unseen(rows, args, alphabet)
-
-        # 3. ask
-        found = {"surprising": surprising_rows(rows, losses)[: args.top],
-                 "pairs": co_occurrences(rows, args.min_count)[: args.top],
-                 "terms": term_statistics(rows)[: args.top],
-                 "checks": check_values(folds, rows, columns, learned),
-                 "suggested": suggestions(one, rows, columns, prompts, args.seed)}
-        facts.append(f"nats per character on held-out rows: {one['before']:.3f} before the "
-                     f"training, {one['after']:.3f} after")
-        sections = sections_of(found)
-        say_found(sections)
-        print()
-        if report:
-            text = page(Path(args.data).name, facts, sections, found, bad)
-            write_whole(report, lambda file: file.write(text.encode()))
-            print(f"wrote {report} (the same as a page)")
+    try:
+        if not one["stopped"]:
+            explore(one, rows, bad, facts, columns, prompts, alphabet, report, args)
+    except KeyboardInterrupt:
+        one["stopped"] = True
     if args.output:
-        save_gpt(args.output, one["model"], "".join(one["itos"]),
-                 val_loss=round(one["after"], 6),
-                 trained_on={"sha256": digest("\n".join(row.text for row in rows)),
-                             "characters": None})
         print(f"wrote {args.output} (weights), {settings_path(args.output)} (vocabulary, "
               "hyperparameters)")
     print(f"result: val loss {one['before']:.3f} -> {one['after']:.3f} nats per character "
           f"(n={int((one['val'][1] != IGNORE).sum()):,})")
-    print(f"next: python explore.py --data {args.data} --complete "
-          f"{json.dumps(prompts[-1] if prompts else '', ensure_ascii=False)}")
+    # quoted for the shell, which would carry out a $(...) that stands in the data
+    again = f"next: python explore.py --data {shlex.quote(args.data)}"
+    print(f"{again} --ask {shlex.quote(args.output)} --complete "
+          f"{shlex.quote(prompts[-1] if prompts else '')}" if args.output
+          else f"{again} --output gpt_knowledge.pth")
     return say_stopped(one, args.output)
+
+
+def explore(one, rows, bad, facts, columns, prompts, alphabet, report, args):
+    """What did it learn? Printed, and written as a page where one is asked for."""
+    folds, learned, losses = judge_unseen(rows, args, alphabet)
+    found = {"surprising": surprising_rows(rows, losses)[: args.top],
+             "pairs": co_occurrences(rows, args.min_count)[: args.top],
+             "terms": term_statistics(rows)[: args.top],
+             "checks": check_values(folds, rows, columns, learned),
+             "suggested": suggestions(one, rows, columns, prompts, args.seed)}
+    facts.append(f"nats per character on held-out rows: {one['before']:.3f} before the "
+                 f"training, {one['after']:.3f} after")
+    sections = sections_of(found)
+    say_found(sections)
+    print()
+    if report:
+        text = page(Path(args.data).name, facts, sections, found, bad)
+        write_whole(report, lambda file: file.write(text.encode()))
+        print(f"wrote {report} (the same as a page)")
 
 
 def main(argv=None):
@@ -778,11 +868,13 @@ def main(argv=None):
     add_training_flags(parser, epochs=3, lr=1e-3)
     add("--complete", metavar="TEXT", action="append",
         help='a partial row to go on from, such as "bird: owl; place: " (may be repeated)')
+    add("--ask", metavar="FILE",
+        help="put --complete to this model, at once, instead of training one")
     add("--report", metavar="FILE", help="the HTML page; default: beside --output")
     add("--top", type=int, default=40, help="rows of each table on the page; default: %(default)s")
     add("--folds", type=int, default=3, help="models that judge the rows; default: %(default)s")
     add("--min-count", type=int, default=5, help="rows a pair must be in; default: %(default)s")
-    return run_cli(run_explore, parser.parse_args(argv))
+    return run_cli(run_explore, parser, argv)
 
 
 if __name__ == "__main__":

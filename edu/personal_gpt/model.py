@@ -12,6 +12,7 @@ that a reward steers, and a model file that comes with the vocabulary it was tra
 Shapes: B rows in a batch, T time, C channels (n_embd), H heads, D = C / H, V different characters.
 """
 
+import io
 import json
 import math
 import os
@@ -245,8 +246,9 @@ def choose(scores, temperature):
     """One character for each row of scores (B, V): (B, 1)."""
     if temperature == 0:
         return scores.argmax(-1, keepdim=True)
-    # minus the largest first: scores / temperature would overflow at tiny temperatures
-    scores = (scores - scores.amax(-1, keepdim=True)) / temperature
+    # minus the largest first: scores / temperature would overflow at tiny temperatures, the tiniest
+    # of which are 0 in float32
+    scores = (scores - scores.amax(-1, keepdim=True)) / max(temperature, 1e-30)
     return torch.multinomial(scores.softmax(-1), 1)
 
 
@@ -289,7 +291,9 @@ def save_settings(path, settings):
 
 def save_gpt(path, model, vocabulary, **about):
     """Write the state dict to path, and vocabulary, hyperparameters and `about` to the JSON."""
-    write_whole(path, lambda file: torch.save(model.state_dict(), file))
+    whole = io.BytesIO()  # on a full disk, torch.save on a file would hide the reason
+    torch.save(model.state_dict(), whole)
+    write_whole(path, lambda file: file.write(whole.getbuffer()))
     save_settings(path, {"vocabulary": vocabulary, **model.hyperparameters, **about})
 
 
@@ -331,7 +335,7 @@ def load_gpt(path, device="cpu"):
         if not len(vocabulary) == len(set(vocabulary)) == settings["vocab_size"]:
             raise ValueError(f"{len(set(vocabulary))} different characters for a vocab_size of "
                              f"{settings['vocab_size']}")
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:  # the last: too large to make
         raise UserError(f"{settings_path(path)} does not describe a model ({error})") from None
     try:
         model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))

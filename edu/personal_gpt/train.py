@@ -13,6 +13,7 @@ Read beside nanoGPT's train.py: the same optimizer and schedule, without its con
 import argparse
 import contextlib
 import hashlib
+import io
 import math
 import os
 import sys
@@ -22,7 +23,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from model import (
-    FORMAT,
     GPT,
     UserError,
     load_gpt,
@@ -276,7 +276,7 @@ def new_model(vocabulary, args):
     try:
         model = GPT(len(vocabulary), args.block_size or 128, args.n_embd, args.n_layer, args.n_head,
                     args.dropout)
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:  # the latter: more than the memory holds
         raise UserError(f"{error} (--block-size, --n-embd, --n-layer, --n-head, "
                         "--dropout)") from None
     return model, {c: i for i, c in enumerate(vocabulary)}, list(vocabulary)
@@ -314,7 +314,8 @@ def model_for(texts, args):
                         f"{model.block_size}; leave the flag out")
     new = sorted(needed - set(stoi))
     if new:
-        print(f"{args.init} has never seen {''.join(new)!r}: {len(new)} new in its vocabulary")
+        shown = "".join(new[:50]) + "..." * (len(new) > 50)
+        print(f"{args.init} has never seen {shown!r}: {len(new)} new in its vocabulary")
         model, stoi, itos = grow_vocabulary(model, itos, new)
     return model, stoi, itos
 
@@ -325,11 +326,15 @@ def model_for(texts, args):
 def check_output(path, inputs=()):
     """Complain before the training rather than after it. Raises UserError.
 
-    A file that is there already is replaced only if it is a model of ours.
+    What is there already is replaced only if it is a model of ours, weights and JSON. A JSON alone
+    belongs to weights of another name, gpt.pt beside gpt.pth, whose vocabulary would be lost.
     """
     if path is None:
         return
-    path, beside = Path(path), settings_path(path)
+    path = Path(path)
+    if not path.name:  # "", "." and "/": no name to put .json in the place of the ending of
+        raise UserError(f"--output {str(path)!r} is no name of a file; such as --output gpt.pth")
+    beside = settings_path(path)
     if path == beside:
         raise UserError(f"--output {path}: the vocabulary goes to {beside}, so the weights need "
                         f"another ending: --output {path.with_suffix('.pth')}")
@@ -340,10 +345,18 @@ def check_output(path, inputs=()):
                             "choose another name")
     if path.exists() or beside.exists():
         with contextlib.suppress(UserError):
-            if read_settings(path)["format"] == FORMAT and not path.is_dir():
+            if read_settings(path) and is_weights(path):
                 return
         raise UserError(f"--output {path}: {path if path.exists() else beside} exists and is no "
                         "model of this program; delete it or choose another name")
+
+
+def is_weights(path):
+    """Whether torch.save may have written the file: they are ZIP archives, as no text is."""
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return file.read(4) == b"PK\3\4"
 
 
 def check_folder(flag, path):
@@ -357,6 +370,20 @@ def check_folder(flag, path):
 
 def digest(text):
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def seen_texts(path):
+    """What the model at path has been trained on, itself and those it went on from.
+
+    A list of {"sha256": of a text, "characters": how many from its start on, None for all of it}.
+    """
+    texts = read_settings(path).get("trained_on") if path else None
+    return [text for text in texts if isinstance(text, dict)] if isinstance(texts, list) else []
+
+
+def seen_now(args, text, characters=None):
+    """seen_texts() of a model that went on from --init with this text."""
+    return [*seen_texts(args.init), {"sha256": digest(text), "characters": characters}]
 
 
 # ---- the command line ----------------------------------------------------------------------------
@@ -386,21 +413,37 @@ def check_flags(args):
     for name, value in least.items():
         given = getattr(args, name, None)
         if given is not None and not value <= given < 2**31:  # not-a-number is neither
-            raise UserError(f"--{name.replace('_', '-')} {given}: must be {value:g} or more")
+            raise UserError(f"--{name.replace('_', '-')} {given}: must be {value:g} or more" +
+                            " and less than 2^31" * (given >= 2**31))
+    if not getattr(args, "val_fraction", 0.1) < 1:
+        raise UserError(f"--val-fraction {args.val_fraction}: must be less than 1, or nothing is "
+                        "left to train on")
 
 
-def run_cli(run, args):
-    """Call run(args); the exit code: 2 for a UserError, shown without a traceback."""
+def run_cli(run, parser, argv):
+    """Call run with the flags; the exit code: 2 for a UserError, shown without a traceback."""
+    with contextlib.suppress(AttributeError, io.UnsupportedOperation):  # no real terminal or file
+        sys.stdout.reconfigure(errors="replace")  # a letter it lacks is no reason to stop
     try:
+        args = parser.parse_args(argv)
         check_flags(args)
         torch.manual_seed(args.seed)
-        return run(args) or 0
+        code = run(args) or 0
+        sys.stdout.flush()  # here, where a reader that has gone can still be met
+        return code
     except UserError as error:
         tqdm.write(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped by Ctrl-C; nothing was written", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader has enough, as `head` has after its lines
+        # what is still to be printed goes nowhere: else Python would complain of it at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # what a shell reports of any program that ends in this way
+    except OSError as error:  # a full disk, for one
+        print(f"error: {error}; no file has been left half written", file=sys.stderr)
+        return 2
 
 
 def pick_device():
@@ -468,14 +511,18 @@ def run_train(args):
     result = fit(model, make_pass, val, epochs=args.epochs, batch_size=args.batch_size, lr=args.lr,
                  seed=args.seed)
 
-    # 3. show, and keep
-    say_ladder(train, val, len(itos), result["after"])
-    start = encode("\n", stoi)[None].to(device)
-    sample = model.generate(start, args.sample_chars, temperature=0.8)
-    print(f"a sample (temperature 0.8)\n{decode(sample[0], itos).rstrip()}\n")
+    # 3. keep, and show, in this order: Ctrl-C while it writes a sample loses nothing
     if args.output:
         save_gpt(args.output, model, "".join(itos), val_loss=round(result["after"], 6),
-                 trained_on={"sha256": digest(text), "characters": len(train_ids)})
+                 trained_on=seen_now(args, text, len(train_ids)))
+    say_ladder(train, val, len(itos), result["after"])
+    try:
+        start = encode("\n", stoi)[None].to(device)
+        sample = model.generate(start, args.sample_chars, temperature=0.8)
+        print(f"a sample (temperature 0.8)\n{decode(sample[0], itos).rstrip()}\n")
+    except KeyboardInterrupt:
+        result["stopped"] = True
+    if args.output:
         print(f"wrote {args.output} (weights), {settings_path(args.output)} (vocabulary, "
               "hyperparameters)")
     print(f"result: val loss {result['before']:.3f} -> {result['after']:.3f} nats per character "
@@ -493,7 +540,7 @@ def main(argv=None):
                         help="end of the text, held out; default: %(default)s")
     parser.add_argument("--sample-chars", type=int, default=300,
                         help="characters to write at the end; default: %(default)s")
-    return run_cli(run_train, parser.parse_args(argv))
+    return run_cli(run_train, parser, argv)
 
 
 if __name__ == "__main__":
