@@ -613,6 +613,21 @@ def test_a_checkpoint_that_is_gone_is_said_in_its_column(here, tmp_path, capsys)
     assert "config.json is damaged" in said and "two: " in said and "no JSON object" in said
 
 
+@pytest.mark.parametrize("line", ["5", "null", "[1]", '{"step": [1], "val_loss": "x"}', "[" * 9999,
+                                  '{"step": 1, "val_loss": 1' + "0" * 400 + "}", "{}"])
+def test_a_damaged_line_of_metrics_is_one_message_or_left_out(line, here, tmp_path, capsys):
+    shutil.copytree(here / "runs", tmp_path / "runs")
+    folder, words = tmp_path / "runs" / "one", ["--runs-dir", str(tmp_path / "runs")]
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        (folder / name).write_text(line + "\n" + (folder / name).read_text())
+    (folder / "summary.json").write_text("[]" if line == "5" else '{"vocab_size": [1]}')
+    for command in (["report", "--run-id", "one", "--n-samples", "1"], ["leaderboard"],
+                    ["plot-loss", "--run-id", "one"], ["compare", "--run-ids", "one,two"],
+                    ["train", "--resume", "one"]):
+        code = cli.main([*command, *words])
+        assert code in (0, 2) and bool(capsys.readouterr().err) == (code == 2), command
+
+
 def test_report_as_the_seed_calls_it(here):
     done = tp("report", "--runs-dir", "runs", "--run-id", "one", "--unconditional", "--n-samples",
               "20", "--max-new-tokens", "8", "--temperature", "0.9", "--top-p", "0.9", cwd=here)

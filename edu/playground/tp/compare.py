@@ -100,7 +100,7 @@ def metric_lines(runs, names):
     lines = table(["result", *names], rows)
     lines += [f"{name}: {summary['problem']}" for name, summary in zip(names, told)
               if "problem" in summary]
-    if len({(s.get("vocab_size"), s.get("bigram")) for s in told if "problem" not in s}) > 1:
+    if len({f"{s.get('vocab_size')} {s.get('bigram')}" for s in told if "problem" not in s}) > 1:
         lines.append("their tokenizers or phrases differ: losses per token do not compare; bits "
                      "per byte do, on the same validation phrases")
     return lines

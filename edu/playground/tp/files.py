@@ -49,7 +49,7 @@ def read_json(path):
         return json.loads(Path(path).read_text("utf-8"))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {error}") from error
 
 
@@ -64,6 +64,8 @@ def read_rows(path):
     for number, line in enumerate(lines, 1):
         try:
             rows.append(json.loads(line))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path}, line {number} is damaged: {error}") from error
+        if not isinstance(rows[-1], dict):
+            raise UserError(f"{path}, line {number} is damaged: it holds no JSON object")
     return rows

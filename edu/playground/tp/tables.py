@@ -52,8 +52,9 @@ def number(value, digits=4):
 
 
 def is_number(value):
-    """Whether JSON gave a number; True and False are none, though Python counts with them."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """Whether JSON gave a number; True and False are none, though Python counts with them, and
+    neither is one so long that no float can hold it."""
+    return type(value) is float or (type(value) is int and abs(value) < 2**63)
 
 
 def as_dict(value):
