@@ -6,6 +6,11 @@ from pathlib import Path
 
 from tp.errors import UserError
 
+try:
+    import fcntl
+except ImportError:  # Windows has none: two processes at one run are not kept apart there
+    fcntl = None
+
 
 def write_bytes(path, content):
     """Write under a temporary name in the same folder, then put in place.
@@ -41,6 +46,18 @@ def append_row(path, row):
     """Add one line of JSON."""
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def lock(file):
+    """Whether nobody else holds this open file; if so, it is ours until it is closed. Children
+    that are given the file keep the lock, even if their parent has been killed."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def read_json(path):

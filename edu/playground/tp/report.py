@@ -25,7 +25,7 @@ from tp.errors import UserError
 from tp.files import write_json
 from tp.runs import CHECKPOINTS, Run
 from tp.sample import add_sampling_arguments, check_sampling, generate_ids, sampling_options
-from tp.tables import is_number, number, table, visible
+from tp.tables import is_number, number, spell, table, visible
 from tp.textstats import (
     calibration,
     copied_spans,
@@ -58,7 +58,7 @@ def main(args):
           f"{run.run_id}, step {state['step']} - seed {options['seed']}")
     print(f"{options['n_samples']} samples - "
           + ("unconditional" if options["prompt"] is None else f"prompt {options['prompt']!r}")
-          + "".join(f" - {name} {options[name]}" for name in
+          + "".join(f" - {name} {spell(options[name])}" for name in
                     ("max_new_tokens", "temperature", "top_k", "top_p")), flush=True)
     train, val = load_split(config.data)
     require_same(state, train, val, config.data.path)

@@ -67,6 +67,16 @@ def visible(text):
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
+def spell(value):
+    """A value as --set reads it."""
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+
+
+def count(items, name):
+    """"1 run", "2 runs"."""
+    return f"{len(items)} {name}{'s' * (len(items) != 1)}"
+
+
 def short_names(keys):
     """{"model.n_layer": "n_layer", ...}: without the section, where that leaves no two alike."""
     ends = [key.rpartition(".")[2] for key in keys]

@@ -30,7 +30,7 @@ from tp.config import (
     to_dict,
 )
 from tp.errors import UserError
-from tp.files import append_row, write_json
+from tp.files import append_row, lock, write_json
 from tp.model import Transformer
 from tp.optim import lr_factor, make_optimizers, set_lr
 from tp.runs import Run
@@ -335,10 +335,14 @@ def train(config, runs_dir="runs", run_id=None, resume=False):
 
     resume: go on with run_id; config may then be None, and if given must be the run's own. A run
     that is finished stays as it is.
-    Raises UserError for settings that make no sense, data out of reach, an existing run_id, and a
-    loss that is no longer finite; KeyboardInterrupt, after saving, for Ctrl-C.
+    Raises UserError for settings that make no sense, data out of reach, an existing run_id, a run
+    that another process trains, and a loss that is no longer finite; KeyboardInterrupt, after
+    saving, for Ctrl-C.
     """
-    if resume:
+    if not resume:
+        session = begin(config, runs_dir, run_id)
+        run = session.run
+    else:
         run = reopen(config, runs_dir, run_id)
         summary = run.load_summary() if run.summary_path.exists() else {"status": "killed"}
         if summary.get("status") == "done":
@@ -346,10 +350,18 @@ def train(config, runs_dir="runs", run_id=None, resume=False):
                   f"{summary['best_val_loss']:.4f} at step {summary['best_step']}\n"
                   f"next: tp generate --runs-dir {runs_dir} --run-id {run_id}")
             return summary
-        session = Session(run, run.load_config())
-        session.restore()
-    else:
-        session = begin(config, runs_dir, run_id)
+    with open(run.config_path) as alone:
+        if not lock(alone):
+            raise UserError(f"another process is training run {run.run_id}; two would write into "
+                            "each other's files")
+        if resume:
+            session = Session(run, run.load_config())
+            session.restore()
+        return to_the_end(session)
+
+
+def to_the_end(session):
+    """Train from where the session stands; see train."""
     announce(session)
     session.write_summary("running")
     try:
@@ -362,8 +374,9 @@ def train(config, runs_dir="runs", run_id=None, resume=False):
         raise
     summary = session.write_summary(status)
     if status == "stopped":
+        run = session.run
         print(f"stopped at step {session.progress.step}; go on with\n"
-              f"  tp train --runs-dir {runs_dir} --resume {session.run.run_id}", flush=True)
+              f"  tp train --runs-dir {run.runs_dir} --resume {run.run_id}", flush=True)
         raise KeyboardInterrupt
     conclude(session)
     return summary
