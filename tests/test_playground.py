@@ -263,6 +263,7 @@ def makes_sense(choice):
               or choice["model.positional_encoding"] in ("rope", "alibi"))
     return ((attention or not inside)
             and (attention or choice["model.mlp_enabled"] == "true")
+            and (choice["model.mlp_enabled"] == "true" or choice["model.mlp_kind"] == "gelu")
             and (choice["model.norm"], choice["model.norm_position"]) != ("none", "post")
             and (choice["model.residual"], choice["model.init"]) != ("false", "zero_projection")
             and (choice["model.residual"] == "true" or choice["model.norm"] != "none"
@@ -352,6 +353,7 @@ def test_choices_are_refused_exactly_where_something_is_asked_for_that_is_not_th
     (["model.attention_enabled=false", "model.window=4"], "model.window=4 limits what attention"),
     (["model.attention_enabled=false", "model.n_kv_head=2"], "counts heads of attention"),
     (["model.attention_enabled=false", "model.qk_norm=true"], "there are none"),
+    (["model.mlp_enabled=false", "model.mlp_kind=swiglu"], "there is none"),
     (["model.n_head=5"], "model.n_embd=128 cannot be shared out among model.n_head=5"),
     (["model.n_kv_head=3"], "model.n_head=4 queries cannot share model.n_kv_head=3"),
     (["model.n_kv_head=8"], "model.n_head=4 queries cannot share model.n_kv_head=8"),

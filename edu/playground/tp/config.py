@@ -86,7 +86,7 @@ class TrainConfig:
                             choices=("adamw", "muon", "sgd"))
     lr: float = option(5e-3, "peak learning rate", above=0)
     muon_lr: float = option(0.03, "that of Muon's matrices", above=0)
-    weight_decay: float = option(0.1, "decoupled, on matrices only", low=0)
+    weight_decay: float = option(0.1, "on matrices only; decoupled, but for sgd", low=0)
     momentum: float = option(0.9, "beta 1 of adamw; momentum of muon and sgd", low=0, high=0.999)
     beta2: float = option(0.99, "of adamw", above=0, high=0.9999)
     grad_clip: float | None = option(1.0, "longest gradient; none: no clipping", above=0)
@@ -408,6 +408,9 @@ RULES = (
     (lambda m, t: not m.attention_enabled and m.qk_norm,
      "model.qk_norm normalises queries and keys, and with model.attention_enabled=false there are "
      "none. Use --set model.qk_norm=false"),
+    (lambda m, t: not m.mlp_enabled and m.mlp_kind != "gelu",
+     "model.mlp_kind={m.mlp_kind} says what an MLP is like, and with model.mlp_enabled=false there "
+     "is none. Use --set model.mlp_kind=gelu, the default"),
     (lambda m, t: m.attention_enabled and m.n_embd % m.n_head,
      "model.n_embd={m.n_embd} cannot be shared out among model.n_head={m.n_head} heads: it must be "
      "a multiple of it"),
