@@ -463,7 +463,9 @@ def test_run_ids_stay_apart_when_names_are_long_or_odd():
 
 
 @pytest.mark.parametrize("specs, seeds, said", [
-    (["model.n_layers=1,2"], None, "nearest is model.n_layer"),
+    (["model.n_layers=1,2"], None, "--grid model.n_layers=1: there is no setting 'model.n_layers'. "
+     "The nearest is model.n_layer"),
+    (["data.path=none.txt,phrases.txt"], None, "data.path=none.txt: there is no such file"),
     (["model.n_layer=2,two"], None, "whole number"),
     (["model.n_layer"], None, "KEY=VALUE,VALUE"),
     (["model.n_layer=1,,2"], None, "KEY=VALUE,VALUE"),
@@ -654,6 +656,9 @@ def test_unknown_runs_are_answered_with_the_nearest_and_the_list(here, capsys):
     assert "two different runs" in refused(capsys, "compare", "--run-ids", "one,one")
     assert "cannot read" in refused(capsys, "sweep", "--config", "nowhere.py")
     assert "no run of the sweep 'x'" in refused(capsys, "leaderboard", "--sweep", "x")
+    assert "cannot write runs (Is a directory)" in refused(capsys, "leaderboard", "--csv", "runs")
+    assert "'' names 0 runs" in refused(capsys, "plot-loss", "--run-id", "")
+    assert "--name ''" in refused(capsys, "sweep", "--name", "")
     with pytest.raises(SystemExit) as ended:
         cli.main(["leaderboard", "--by", "beauty"])
     assert ended.value.code == 2

@@ -365,12 +365,12 @@ def refusal(node, path):
         '  model = {"n_layer": 4}  count, with numbers, text, True, False and None')
 
 
-def apply_overrides(config, overrides):
+def apply_overrides(config, overrides, flag="--set"):
     """config with ["model.mlp_enabled=false", ...] put in; the last of two for one key wins."""
     values = {}
     for text in overrides:
         key, equals, value = text.partition("=")
-        key, where = key.strip(), f"--set {text}"
+        key, where = key.strip(), f"{flag} {text}"
         if not equals:
             raise UserError(f"{where}: write it as --set section.key=value, "
                             "for example --set model.n_layer=4")

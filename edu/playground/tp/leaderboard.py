@@ -56,7 +56,11 @@ def main(args):
         path = getattr(args, kind)
         if path is not None:
             path = Path(path or Path(args.runs_dir) / f"leaderboard.{kind}")
-            write_bytes(path, render(boards).encode())
+            try:
+                write_bytes(path, render(boards).encode())
+            except OSError as error:
+                raise UserError(f"cannot write {path} ({error.strerror}); name another: --{kind} "
+                                "PATH") from None
             print(f"wrote {path}")
     return 0
 

@@ -56,9 +56,13 @@ def main(args):
     base = apply_overrides(load_config(args.config), args.overrides)
     grid = read_grid(args.grid, base)
     seeds = read_seeds(args.seeds) or [base.seed]
-    name = check_name(args.name or default_name(base, grid))
+    name = check_name(default_name(base, grid) if args.name is None else args.name)
     points = plan(base, grid, seeds, name)
     allowed = [point for point in points if point.reason is None]
+    for path in dict.fromkeys(point.config["data.path"] for point in allowed):
+        if not Path(path).is_file():
+            raise UserError(f"data.path={path}: there is no such file, and every run would fail "
+                            "for want of it")
     jobs, threads = share_cores(args.jobs, allowed)
     runs_dir = Path(args.runs_dir)
     for point in allowed:
@@ -111,7 +115,8 @@ def read_grid(specs, base):
         if key in grid:
             raise UserError(f"--grid gives {key} twice; put all its values into one: "
                             f"--grid {key}=VALUE,VALUE")
-        values = [flatten(apply_overrides(base, [f"{key}={word}"]))[key] for word in words]
+        values = [flatten(apply_overrides(base, [f"{key}={word}"], "--grid"))[key]
+                  for word in words]
         if len({spell(value) for value in values}) < len(values):
             raise UserError(f"--grid {spec}: one value stands there twice")
         grid[key] = values
