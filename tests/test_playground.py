@@ -16,6 +16,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -646,6 +647,21 @@ def test_an_epoch_holds_every_row_once_and_its_order_follows_from_seed_and_epoch
     assert first != data.batches_of_epoch(rows, 10, seed=6, epoch=0)
     spread = [max(len(rows[i]) for i in b) - min(len(rows[i]) for i in b) for b in first]
     assert sum(spread) / len(spread) < 4  # of 15: little padding
+
+
+def test_training_sees_every_row_once_an_epoch_and_each_epoch_in_another_order():
+    """23 rows in batches of 4: 6 steps an epoch. From step 8 on: the same as the straight way."""
+    settings = config.apply_overrides(config.RunConfig(), ["train.batch_size=4"])
+    session = types.SimpleNamespace(rows=[[2, 4 + i, 3] for i in range(23)], config=settings)
+
+    def rows_of(step, count):
+        batches = itertools.islice(train.batches_from(session, step), count)
+        return [inputs[:, 1].tolist() for inputs, _ in batches]
+
+    first, second = rows_of(0, 6), rows_of(6, 6)
+    for epoch in (first, second):
+        assert sorted(itertools.chain(*epoch)) == list(range(4, 27))
+    assert first != second and rows_of(0, 12) == first + second and rows_of(8, 4) == second[2:]
 
 
 def test_padding_changes_nothing_and_the_loss_is_weighted_by_tokens():
