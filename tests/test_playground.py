@@ -16,6 +16,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -154,13 +155,18 @@ def test_the_default_config_spells_out_every_key_at_its_default():
     ("modle.n_embd", "model.n_embd"), ("train.lr_", "train.lr"),
     ("model.positional_encodin", "model.positional_encoding"),
     ("mlp_enable", "model.mlp_enabled"), ("tokeniser.vocab_size", "tokenizer.vocab_size"),
-    ("sead", "seed"),
+    ("sead", "seed"), ("modle", "model"),
 ])
 def test_a_mistyped_key_is_refused_with_the_nearest_valid_one(key, nearest):
     with pytest.raises(UserError, match=rf"no setting '{key}'. The nearest is {nearest}\n"):
         config.apply_overrides(config.RunConfig(), [f"{key}=1"])
     with pytest.raises(UserError, match=nearest):
         config.from_dict({key.split(".")[0]: {key.split(".")[-1]: 1}} if "." in key else {key: 1})
+    for nothing in ("{}", "{'x': 1}"):  # also where nothing is set in it
+        with pytest.raises(UserError, match="no setting"):
+            config.read_assignments(f"{key.split('.')[0]}s = {nothing}", "c.py")
+    with pytest.raises(UserError, match="no setting"):
+        config.from_dict({key.split(".")[0] + "s": {}})
 
 
 @pytest.mark.parametrize("override, wanted", [
@@ -175,6 +181,12 @@ def test_a_mistyped_key_is_refused_with_the_nearest_valid_one(key, nearest):
     ("model.norm=layernrom", "one of layernorm, rmsnorm, none; did you mean layernorm?"),
     ("model.window=-1", "a whole number of at least 1, or none"),
     ("sample.top_p=1.5", "a number above 0 and of at most 1"),
+    ("model.n_layer=" + "9" * 400, "is inf, but must be a whole number from 1 to 64"),
+    ("train.lr=-" + "9" * 400, "is -inf, but must be a number above 0"),
+    ("data.split_seed=" + "9" * 30, "is inf, but must be a whole number of at least 0"),
+    ("model.n_embd=999999999999", "a whole number from 1 to 16384"),
+    ("sample.prompt=\udcff", "must be text in UTF-8, or none"),
+    ("data.path=a\0b", "must be text in UTF-8"),
     ("model=4", "a whole section"),
     ("model.n_layer", "write it as --set section.key=value"),
 ])
@@ -190,6 +202,21 @@ def test_overrides_take_the_type_of_their_key():
     assert made.model.mlp_enabled is False and made.model.window is None
     assert (made.train.lr, made.sample.prompt, made.model.norm) == (1e-4, "a = b", "none")
     assert made.train.weight_decay == 0.0 and type(made.train.weight_decay) is float
+
+
+def test_a_config_too_deep_or_with_numbers_too_long_is_refused(tmp_path):
+    """What the parser takes, and what then writes or reads its tree cannot."""
+    for number, text in enumerate((
+            "x" + ".a" * 500 + " = 1", "seed = " + "- " * 900 + "1",
+            "seed = " + "[" * 90 + "]" * 90, "seed = 0x" + "f" * 5000,
+            "train.lr = 0x" + "f" * 5000, "sample.prompt = '\\ud800'")):
+        path = tmp_path / f"{number}.py"
+        path.write_text(text, "utf-8")
+        with pytest.raises(UserError, match=f"{number}.py, line"):
+            config.load_config(path)
+    (tmp_path / "c.json").write_text('{"seed": ' + "9" * 400 + "}")
+    with pytest.raises(UserError, match="seed is inf"):
+        config.load_config(tmp_path / "c.json")
 
 
 def test_a_json_value_of_another_type_is_refused_too():
@@ -237,6 +264,7 @@ def makes_sense(choice):
               or choice["model.positional_encoding"] in ("rope", "alibi"))
     return ((attention or not inside)
             and (attention or choice["model.mlp_enabled"] == "true")
+            and (choice["model.mlp_enabled"] == "true" or choice["model.mlp_kind"] == "gelu")
             and (choice["model.norm"], choice["model.norm_position"]) != ("none", "post")
             and (choice["model.residual"], choice["model.init"]) != ("false", "zero_projection")
             and (choice["model.residual"] == "true" or choice["model.norm"] != "none"
@@ -326,6 +354,7 @@ def test_choices_are_refused_exactly_where_something_is_asked_for_that_is_not_th
     (["model.attention_enabled=false", "model.window=4"], "model.window=4 limits what attention"),
     (["model.attention_enabled=false", "model.n_kv_head=2"], "counts heads of attention"),
     (["model.attention_enabled=false", "model.qk_norm=true"], "there are none"),
+    (["model.mlp_enabled=false", "model.mlp_kind=swiglu"], "there is none"),
     (["model.n_head=5"], "model.n_embd=128 cannot be shared out among model.n_head=5"),
     (["model.n_kv_head=3"], "model.n_head=4 queries cannot share model.n_kv_head=3"),
     (["model.n_kv_head=8"], "model.n_head=4 queries cannot share model.n_kv_head=8"),
@@ -620,6 +649,21 @@ def test_an_epoch_holds_every_row_once_and_its_order_follows_from_seed_and_epoch
     assert sum(spread) / len(spread) < 4  # of 15: little padding
 
 
+def test_training_sees_every_row_once_an_epoch_and_each_epoch_in_another_order():
+    """23 rows in batches of 4: 6 steps an epoch. From step 8 on: the same as the straight way."""
+    settings = config.apply_overrides(config.RunConfig(), ["train.batch_size=4"])
+    session = types.SimpleNamespace(rows=[[2, 4 + i, 3] for i in range(23)], config=settings)
+
+    def rows_of(step, count):
+        batches = itertools.islice(train.batches_from(session, step), count)
+        return [inputs[:, 1].tolist() for inputs, _ in batches]
+
+    first, second = rows_of(0, 6), rows_of(6, 6)
+    for epoch in (first, second):
+        assert sorted(itertools.chain(*epoch)) == list(range(4, 27))
+    assert first != second and rows_of(0, 12) == first + second and rows_of(8, 4) == second[2:]
+
+
 def test_padding_changes_nothing_and_the_loss_is_weighted_by_tokens():
     """Three phrases of 3, 6 and 2 targets: one batch gives the same as each alone, its mean is
     their sum over 11, and whatever stands in the padding does not matter."""
@@ -810,6 +854,10 @@ def test_draws_have_the_probabilities_that_temperature_and_filters_say():
     assert shares(top_k=3) == pytest.approx([4 / 9, 3 / 9, 2 / 9, 0], abs=0.018)
     assert shares(0.5, top_k=2, top_p=0.6) == [1, 0, 0, 0]  # 16 of 25 alone are more than 0.6
     assert shares(0.0) == [1, 0, 0, 0]
+    # The ends: so cold that float32 has no such number, so hot that all are alike (-inf is not).
+    assert shares(1e-300) == shares(top_p=1e-300) == [1, 0, 0, 0]
+    logits = torch.tensor([[0.4, 0.3, 0.3, 0.0]]).log().expand(20000, 4)
+    assert shares(1e300) == pytest.approx([1 / 3, 1 / 3, 1 / 3, 0], abs=0.018)
 
 
 def test_samples_stop_at_eos_each_for_itself_and_are_the_same_for_the_same_seed():
@@ -845,7 +893,8 @@ def test_greedy_text_follows_the_argmax_also_beyond_the_block():
 
 @pytest.mark.parametrize("option, value", [("n_samples", -1), ("max_new_tokens", 0), ("top_p", 0.0),
                                            ("temperature", -0.1), ("top_k", 0), ("top_p", 1.1),
-                                           ("temperature", math.nan)])
+                                           ("temperature", math.nan), ("seed", -1),
+                                           ("seed", 2**64)])
 def test_a_sampling_flag_out_of_range_is_refused(option, value):
     with pytest.raises(UserError, match=f"--{option.replace('_', '-')} {value}"):
         sample.generate(small_model(vocab_size=30), Letters(), **{option: value})
@@ -949,8 +998,20 @@ def test_a_run_is_resumed_only_as_it_was(place, capsys):
         file.write("one more phrase\n")
     before = run.metrics_path.read_bytes()
     assert cli.main(["train", "--resume", "a"]) == 2
-    assert "would mix two data sets" in capsys.readouterr().err
+    assert "phrases.txt is not what run a was trained with" in capsys.readouterr().err
     assert run.metrics_path.read_bytes() == before
+    shutil.copytree("runs/a", "runs/c")
+    assert cli.main(["report", "--run-id", "a"]) == 2  # its validation phrases may be others now
+    assert "phrases.txt is not what this run was trained on" in capsys.readouterr().err
+    assert not any(run.reports.iterdir())
+    Path("phrases.txt").write_text("\n".join(make_phrases()) + "\n", "utf-8")
+    train.train(tiny("tokenizer.kind=bpe"), "runs", "bpe")
+    shutil.copy("runs/bpe/tokenizer/spm.model", "runs/c/tokenizer/spm.model")
+    edited = run.config_path.read_text().replace('"lr": 0.003', '"lr": 0.004')
+    run.config_path.write_text(edited)
+    for name, file in (("a", "config.json"), ("c", "tokenizer/spm.model")):
+        assert cli.main(["train", "--resume", name]) == 2
+        assert f"{file} is not what run {name} was trained with" in capsys.readouterr().err
     assert cli.main(["train", "--resume", "b"]) == 2
     assert "runs has no run 'b'" in capsys.readouterr().err
 
@@ -975,6 +1036,22 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_its_cause_and_keeps_the_bes
     assert "would again" in capsys.readouterr().err
 
 
+def test_a_loss_that_is_first_found_out_by_an_evaluation_ends_the_run_just_so(place, capsys):
+    assert cli.main(["train", "--run-id", "x", "--set", "train.lr=1e30", "train.optimizer=sgd",
+                     "train.grad_clip=none", "train.eval_every=1"]) == 2
+    assert "best_val.pt of step 0" in capsys.readouterr().err
+    run = runs.Run("runs", "x")
+    assert run.load_summary()["status"] == "failed" and len(run.load_metrics()) == 1
+
+
+def test_weights_that_are_not_finite_give_no_text():
+    net = small_model(vocab_size=30)
+    with torch.no_grad():
+        net.wte.weight[7] = math.nan
+    with pytest.raises(UserError, match="logits are not finite"):
+        sample.generate(net, Letters())
+
+
 def test_patience_ends_a_run_that_no_longer_gets_better(place):
     summary = train.train(tiny("train.patience=2", "train.steps=40", "train.lr=1e-9",
                                "train.schedule=constant", "model.dropout=0",
@@ -984,7 +1061,7 @@ def test_patience_ends_a_run_that_no_longer_gets_better(place):
     assert summary["steps"] == 40 or summary["steps"] - summary["best_step"] == 6
 
 
-def test_no_run_is_overwritten_and_what_cannot_begin_leaves_nothing(place, capsys):
+def test_no_run_is_overwritten_and_what_cannot_begin_leaves_nothing(place, capsys, monkeypatch):
     train.train(tiny(), "runs", "a")
     before = results(runs.Run("runs", "a"))
     assert cli.main(["train", "--run-id", "a"]) == 2
@@ -999,6 +1076,16 @@ def test_no_run_is_overwritten_and_what_cannot_begin_leaves_nothing(place, capsy
     assert os.listdir("runs/b") == ["train.log"]
     assert cli.main(["train", "--run-id", "b"]) == 0
     assert cli.main(["train", "--run-id", "../b"]) == 2
+
+    def no_memory(*arguments):
+        raise RuntimeError("can't allocate memory: you tried to allocate 9 bytes")
+
+    monkeypatch.setattr(train, "Transformer", no_memory)
+    # Names left empty, by a variable that is not set, are no wish for the default.
+    for words in (["--run-id", "c"], ["--run-id", ""], ["--resume", ""], ["--config", ""]):
+        assert cli.main(["train", *words]) == 2
+    assert "tried to allocate 9 bytes" in capsys.readouterr().err
+    assert sorted(os.listdir("runs")) == ["a", "b"]
 
 
 def test_a_checkpoint_is_read_without_executing_it_and_only_with_its_own_tokenizer(place, capsys):
@@ -1019,6 +1106,19 @@ def test_a_checkpoint_is_read_without_executing_it_and_only_with_its_own_tokeniz
         assert cli.main(["generate", "--run-id", "a", "--checkpoint", checkpoint]) == 2
         assert "is damaged, or no checkpoint" in capsys.readouterr().err
     assert not Path("ran").exists()
+
+    state = runs.Run("runs", "b").load_checkpoint("last")
+    other = runs.Run("runs", "b").checkpoint_path("last")
+    for wrong in (None, [1], {}, torch.ones(2), {**state, "model": [1]}, {**state, "rng": 3},
+                  {**state, "progress": {"x": 1}}, {**state, "optimizers": []}):
+        other.write_bytes(b"") if wrong is None else torch.save(wrong, other)
+        runs.Run("runs", "b").summary_path.write_text("{}")
+        assert cli.main(["train", "--resume", "b"]) == 2
+        assert "last.pt is" in capsys.readouterr().err
+    edited = runs.Run("runs", "b").config_path
+    edited.write_text(edited.read_text().replace('"learned"', '"alibi"'))
+    assert cli.main(["generate", "--run-id", "b"]) == 2  # its weights would load all the same
+    assert "is not the one that best_val.pt holds the weights of" in capsys.readouterr().err
 
 
 def test_the_tokenizer_is_trained_on_the_training_phrases_alone(place):
@@ -1152,6 +1252,8 @@ def test_every_key_is_listed_with_its_default_and_what_it_takes(place, capsys):
 def test_the_configs_data_is_found_from_elsewhere_and_a_runs_config_makes_the_run_again(place):
     elsewhere = place / "elsewhere"
     elsewhere.mkdir()
+    os.chdir("configs")
+    assert config.load_config("default.py").data.path == "../phrases.txt"
     os.chdir(elsewhere)
     assert cli.main(["train", "--config", "../configs/default.py", "--run-id", "a"]) == 0
     assert cli.main(["train", "--config", "runs/a/config.json", "--run-id", "b"]) == 0

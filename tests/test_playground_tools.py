@@ -24,7 +24,19 @@ from conftest import EDU, run_process, wait_for
 PLAYGROUND = EDU / "playground"
 sys.path.insert(0, str(PLAYGROUND))
 
-from tp import cli, compare, config, data, leaderboard, plot, report, runs, sweep, tables  # noqa: E402
+from tp import (  # noqa: E402
+    cli,
+    compare,
+    config,
+    data,
+    files,
+    leaderboard,
+    plot,
+    report,
+    runs,
+    sweep,
+    tables,
+)
 from tp import textstats as text  # noqa: E402
 from tp import train as training  # noqa: E402
 from tp.errors import UserError  # noqa: E402
@@ -388,7 +400,7 @@ def test_what_cannot_be_ranked_is_named_and_stops_nothing(tmp_path, capsys):
     (tmp_path / "loss.svg").write_text("x")
     assert cli.main(["leaderboard", "--runs-dir", str(tmp_path)]) == 0
     said = capsys.readouterr().out
-    assert "1 finished runs, 8 left out" in said and "0.1000" not in said
+    assert "1 finished run, 8 left out" in said and "0.1000" not in said
     ranked, _, rest = said.partition("not ranked:")
     for name, why in (("twin", "same config and seed as good"), ("failed", "failed (the loss is"),
                       ("under_way", "running"), ("no_loss", "None"), ("torn", "damaged"),
@@ -451,7 +463,9 @@ def test_run_ids_stay_apart_when_names_are_long_or_odd():
 
 
 @pytest.mark.parametrize("specs, seeds, said", [
-    (["model.n_layers=1,2"], None, "nearest is model.n_layer"),
+    (["model.n_layers=1,2"], None, "--grid model.n_layers=1: there is no setting 'model.n_layers'. "
+     "The nearest is model.n_layer"),
+    (["data.path=none.txt,phrases.txt"], None, "data.path=none.txt: there is no such file"),
     (["model.n_layer=2,two"], None, "whole number"),
     (["model.n_layer"], None, "KEY=VALUE,VALUE"),
     (["model.n_layer=1,,2"], None, "KEY=VALUE,VALUE"),
@@ -491,10 +505,57 @@ def test_the_cores_are_shared_out(monkeypatch):
 
 
 def test_two_sweeps_never_train_one_run_at_a_time(tmp_path):
-    if sweep.fcntl is None:
+    if files.fcntl is None:
         pytest.skip("there are no file locks on this system")
     with open(tmp_path / "log", "a+") as first, open(tmp_path / "log", "a+") as second:
-        assert sweep.lock(first) and not sweep.lock(second)
+        assert files.lock(first) and not files.lock(second)
+
+
+def test_a_run_that_is_being_trained_is_not_resumed_beside_it(here, tmp_path, capsys):
+    if files.fcntl is None:
+        pytest.skip("there are no file locks on this system")
+    shutil.copytree(here / "runs", tmp_path / "runs")
+    (tmp_path / "runs" / "one" / "summary.json").write_text('{"status": "running"}')
+    words = ["train", "--runs-dir", str(tmp_path / "runs"), "--resume", "one"]
+    with open(tmp_path / "runs" / "one" / "config.json") as other:
+        assert files.lock(other)
+        assert "another process is training run one" in refused(capsys, *words)
+    assert cli.main(words) == 0
+
+
+def test_a_sweeps_name_stands_for_one_base_config(here, tmp_path):
+    """The runs of a sweep that wait for their turn read the base from one file."""
+    base = config.load_config("configs/default.py")
+    files.write_json(tmp_path / "s.config.json", config.to_dict(base))
+    changed = config.apply_overrides(base, ["train.lr=0.5", "seed=9"])
+    with pytest.raises(UserError, match=r"train.lr=0.005, and here it is 0.5.*another --name"):
+        sweep.require_same(tmp_path / "s.config.json", changed, {})
+    sweep.require_same(tmp_path / "s.config.json", changed, {"train.lr": [0.5]})
+    sweep.require_same(tmp_path / "new.config.json", changed, {})
+
+
+def test_a_sweep_whose_last_run_failed_does_not_promise_to_go_on(tmp_path, monkeypatch, capsys):
+    lay_out(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    base = config.load_config("configs/default.py")
+    [point] = sweep.plan(base, {}, [7], "s")
+    folder = tmp_path / "runs" / point.run_id
+    folder.mkdir(parents=True)
+    files.write_json(folder / "config.json", config.to_dict(base))
+    files.write_json(folder / "sweep.json", {"sweep": "s"})
+    files.write_json(folder / "summary.json", {"status": "failed", "error": "nan\n  Try less"})
+    assert cli.main(["sweep", "--name", "s"]) == 1
+    said = capsys.readouterr().out
+    assert "1 of 1 runs did not finish" in said
+    assert "goes on" not in said and "failed before, and would again: nan" in said
+    assert cli.main(["leaderboard", "--sweep", "s"]) == 0
+    assert "status is failed (nan)\n" in capsys.readouterr().out
+
+
+def test_several_values_may_follow_one_flag():
+    args = cli.make_parser("sweep").parse_args(
+        ["sweep", "--grid", "a=1,2", "b=3", "--set", "c=4", "d=5", "--grid", "e=6"])
+    assert args.grid == ["a=1,2", "b=3", "e=6"] and args.overrides == ["c=4", "d=5"]
 
 
 def test_a_run_of_other_settings_is_not_taken_for_a_point_of_the_grid(here):
@@ -541,7 +602,7 @@ def test_a_sweep_survives_a_killed_run_and_ctrl_c_and_goes_on(tmp_path):
     assert not any(child.is_running() for child in children)
     said = (tmp_path / "log").read_text()
     assert said.count("acts inside attention") == 2 and "killed by SIGKILL" in said
-    assert "2 runs are left: the same command goes on" in said
+    assert "2 runs left: the same command goes on" in said
     assert json.loads((second / "summary.json").read_text())["status"] == "stopped"
 
     done = tp(*words, cwd=tmp_path)
@@ -595,6 +656,9 @@ def test_unknown_runs_are_answered_with_the_nearest_and_the_list(here, capsys):
     assert "two different runs" in refused(capsys, "compare", "--run-ids", "one,one")
     assert "cannot read" in refused(capsys, "sweep", "--config", "nowhere.py")
     assert "no run of the sweep 'x'" in refused(capsys, "leaderboard", "--sweep", "x")
+    assert "cannot write runs (Is a directory)" in refused(capsys, "leaderboard", "--csv", "runs")
+    assert "'' names 0 runs" in refused(capsys, "plot-loss", "--run-id", "")
+    assert "--name ''" in refused(capsys, "sweep", "--name", "")
     with pytest.raises(SystemExit) as ended:
         cli.main(["leaderboard", "--by", "beauty"])
     assert ended.value.code == 2
@@ -611,6 +675,21 @@ def test_a_checkpoint_that_is_gone_is_said_in_its_column(here, tmp_path, capsys)
     assert cli.main(words) == 0
     said = capsys.readouterr().out
     assert "config.json is damaged" in said and "two: " in said and "no JSON object" in said
+
+
+@pytest.mark.parametrize("line", ["5", "null", "[1]", '{"step": [1], "val_loss": "x"}', "[" * 9999,
+                                  '{"step": 1, "val_loss": 1' + "0" * 400 + "}", "{}"])
+def test_a_damaged_line_of_metrics_is_one_message_or_left_out(line, here, tmp_path, capsys):
+    shutil.copytree(here / "runs", tmp_path / "runs")
+    folder, words = tmp_path / "runs" / "one", ["--runs-dir", str(tmp_path / "runs")]
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        (folder / name).write_text(line + "\n" + (folder / name).read_text())
+    (folder / "summary.json").write_text("[]" if line == "5" else '{"vocab_size": [1]}')
+    for command in (["report", "--run-id", "one", "--n-samples", "1"], ["leaderboard"],
+                    ["plot-loss", "--run-id", "one"], ["compare", "--run-ids", "one,two"],
+                    ["train", "--resume", "one"]):
+        code = cli.main([*command, *words])
+        assert code in (0, 2) and bool(capsys.readouterr().err) == (code == 2), command
 
 
 def test_report_as_the_seed_calls_it(here):

@@ -1,7 +1,5 @@
 """tp compare: what sets runs apart, what came of it, and what they write, side by side."""
 
-import json
-
 import torch
 
 from tp.errors import UserError
@@ -16,6 +14,7 @@ from tp.tables import (
     is_number,
     number,
     read_object,
+    spell,
     table,
     visible,
 )
@@ -83,7 +82,7 @@ def config_lines(runs, names):
     keys = differences(readable)
     if not keys:
         return [*problems, "their configs are the same"] if len(readable) > 1 else problems
-    rows = [[key, *[visible(json.dumps(config.get(key, "-"))).strip('"') for config in configs]]
+    rows = [[key, *[visible(spell(config.get(key, "-"))) for config in configs]]
             for key in keys]
     same = len(set().union(*configs)) - len(keys)
     return [*table(["setting", *names], rows), f"{same} settings are equal", *problems]
@@ -100,7 +99,7 @@ def metric_lines(runs, names):
     lines = table(["result", *names], rows)
     lines += [f"{name}: {summary['problem']}" for name, summary in zip(names, told)
               if "problem" in summary]
-    if len({(s.get("vocab_size"), s.get("bigram")) for s in told if "problem" not in s}) > 1:
+    if len({f"{s.get('vocab_size')} {s.get('bigram')}" for s in told if "problem" not in s}) > 1:
         lines.append("their tokenizers or phrases differ: losses per token do not compare; bits "
                      "per byte do, on the same validation phrases")
     return lines
@@ -137,7 +136,8 @@ def sample_lines(runs, names, args):
         seed = config.seed if seed is None else seed
         options = {**sampling_options(args, config), "seed": seed}
         used.append(", ".join("unconditional" if (key, value) == ("prompt", None) else
-                              f"{key} {value!r}" for key, value in options.items()))
+                              f"{key} {spell(value) if value is None else repr(value)}"
+                              for key, value in options.items()))
         drawn.append([visible(text) or "(empty)" for text in generate(model, tokenizer, **options)])
     for line in dict.fromkeys(used):
         yield f"samples: {line}"

@@ -15,6 +15,8 @@ import difflib
 import hashlib
 import json
 import math
+import os
+import re
 import types
 import typing
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
@@ -47,8 +49,8 @@ class TokenizerConfig:
 @dataclass(frozen=True)
 class ModelConfig:
     n_layer: int = option(3, "blocks", low=1, high=64)
-    n_embd: int = option(96, "C, the width of the residual stream", low=1)
-    block_size: int = option(32, "longest context, in tokens", low=2)
+    n_embd: int = option(96, "C, the width of the residual stream", low=1, high=16384)
+    block_size: int = option(32, "longest context, in tokens", low=2, high=65536)
     dropout: float = option(0.1, "on the embeddings and on what a block adds", low=0, high=0.9)
 
     attention_enabled: bool = option(True, "false leaves out every attention layer")
@@ -60,7 +62,7 @@ class ModelConfig:
     mlp_enabled: bool = option(True, "false leaves out every feed-forward layer")
     mlp_kind: str = option("gelu", "its nonlinearity", choices=("gelu", "relu2", "swiglu"))
     mlp_ratio: float = option(4.0, "hidden width / C; swiglu takes 2/3 of it, as it has three "
-                              "matrices where the others have two", above=0)
+                              "matrices where the others have two", above=0, high=64)
 
     norm: str = option("layernorm", "", choices=("layernorm", "rmsnorm", "none"))
     norm_position: str = option("pre", "before each layer, or after the sum",
@@ -84,7 +86,7 @@ class TrainConfig:
                             choices=("adamw", "muon", "sgd"))
     lr: float = option(5e-3, "peak learning rate", above=0)
     muon_lr: float = option(0.03, "that of Muon's matrices", above=0)
-    weight_decay: float = option(0.1, "decoupled, on matrices only", low=0)
+    weight_decay: float = option(0.1, "on matrices only; decoupled, but for sgd", low=0)
     momentum: float = option(0.9, "beta 1 of adamw; momentum of muon and sgd", low=0, high=0.999)
     beta2: float = option(0.99, "of adamw", above=0, high=0.9999)
     grad_clip: float | None = option(1.0, "longest gradient; none: no clipping", above=0)
@@ -98,7 +100,7 @@ class TrainConfig:
     patience: int | None = option(None, "stop after this many evaluations without a better "
                                   "validation loss; none: never", low=1)
     threads: int = option(1, "cores used; more would help larger models only, and the number "
-                          "changes the last bits", low=1)
+                          "changes the last bits", low=1, high=1024)
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,8 @@ def from_dict(nested, source="config"):
         raise UserError(f"{source}: this should be a table of settings, not {nested!r}")
     flat = {}
     for name, value in nested.items():
-        is_section = isinstance(value, dict)
+        # An empty table sets nothing, but its name must be one that there is.
+        is_section = isinstance(value, dict) and (value or name in sections())
         flat.update({f"{name}.{k}": v for k, v in value.items()} if is_section else {name: value})
     return with_values(RunConfig(), {key: (value, source) for key, value in flat.items()})
 
@@ -172,19 +175,23 @@ def specification():
     return keys
 
 
+def sections():
+    """["data", "tokenizer", ...]"""
+    return [f.name for f in fields(RunConfig) if is_dataclass(f.type)]
+
+
 def find_field(key, where):
     """The Field called key. Raises UserError with the nearest key there is."""
     known = specification()
     if key in known:
         return known[key]
-    sections = [f.name for f in fields(RunConfig) if is_dataclass(f.type)]
-    if key in sections:
+    if key in sections():
         inside = [name for name in known if name.startswith(key + ".")]
         raise UserError(f"{where}: {key} is a whole section; set one of its keys:\n  "
                         + "\n  ".join(inside))
     # "n_layers" should find model.n_layer: compare with and without the section.
     last = {name.split(".")[-1]: name for name in reversed(known)}
-    near = (difflib.get_close_matches(key, known, 1, 0.7)
+    near = (difflib.get_close_matches(key, [*known, *sections()], 1, 0.7)
             or [last[n] for n in difflib.get_close_matches(key.split(".")[-1], last, 1, 0.6)]
             or difflib.get_close_matches(key, known, 1, 0))
     raise UserError(f"{where}: there is no setting {key!r}. The nearest is {near[0]}\n"
@@ -194,7 +201,8 @@ def find_field(key, where):
 def wanted(spec):
     """In words: what a field takes, e.g. "a whole number from 1 to 64"."""
     kinds, limits = allowed_types(spec), spec.metadata
-    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    words = {bool: "true or false", int: "a whole number", float: "a number",
+             str: "text in UTF-8"}
     text = next(words[kind] for kind in kinds if kind in words)
     if limits["choices"]:
         text = "one of " + ", ".join(limits["choices"])
@@ -217,6 +225,8 @@ def check_value(key, value, where):
     """The value, as its field takes it (2 becomes 2.0 for a float). Raises UserError."""
     spec = find_field(key, where)
     kinds, limits = allowed_types(spec), spec.metadata
+    if type(value) is int and abs(value) >= 2**63:
+        value = math.inf if value > 0 else -math.inf  # more than torch, or a float, can count to
     if float in kinds and type(value) is int:
         value = float(value)
     low, high, above = limits["low"], limits["high"], limits["above"]
@@ -224,6 +234,8 @@ def check_value(key, value, where):
     if ok and isinstance(value, (int, float)):
         ok = (math.isfinite(value) and (low is None or value >= low)
               and (high is None or value <= high) and (above is None or value > above))
+    if ok and isinstance(value, str):
+        ok = "\0" not in value and not re.search("[\ud800-\udfff]", value)  # no file could hold it
     if ok and limits["choices"]:
         ok = value in limits["choices"]
     if not ok:
@@ -290,10 +302,10 @@ def read_json(text, path):
 
 def beside(config, path):
     """config with data.path pointing to where the file is, seen from the working directory."""
-    for place in (Path(), path.parent, path.parent.parent):
+    for place in (Path(), path.parent, path.parent / ".."):
         if (place / config.data.path).is_file():
-            return replace(config, data=replace(config.data,
-                                                path=(place / config.data.path).as_posix()))
+            found = Path(os.path.normpath(place / config.data.path)).as_posix()
+            return replace(config, data=replace(config.data, path=found))
     return config
 
 
@@ -320,12 +332,12 @@ def read_statement(statement, path):
         return []  # a docstring
     if not isinstance(statement, ast.Assign) or len(statement.targets) != 1:
         raise refusal(statement, path)
-    return list(leaves(ast.unparse(statement.targets[0]), statement.value, path))
+    return list(leaves(spelled(statement.targets[0]), statement.value, path))
 
 
 def leaves(key, node, path):
     """The same for one value: a dictionary is a section, all else a literal."""
-    if not isinstance(node, ast.Dict):
+    if not isinstance(node, ast.Dict) or (not node.keys and key not in sections()):
         try:
             yield key, ast.literal_eval(node), node.lineno
         except (ValueError, TypeError, MemoryError, RecursionError) as error:
@@ -337,20 +349,28 @@ def leaves(key, node, path):
         yield from leaves(f"{key}.{name.value}", inner, path)
 
 
+def spelled(node):
+    """The source of a node; "..." for one so deep that Python itself cannot write it."""
+    try:
+        return ast.unparse(node)
+    except RecursionError:
+        return "..."
+
+
 def refusal(node, path):
-    source = ast.unparse(node).splitlines()[0][:60]
+    source = spelled(node).splitlines()[0][:60]
     return UserError(
         f"{path}, line {node.lineno}: `{source}` is not an assignment of a plain value.\n"
         '  A config is data and nothing in it is executed: only lines like  model.n_layer = 4  or'
         '  model = {"n_layer": 4}  count, with numbers, text, True, False and None')
 
 
-def apply_overrides(config, overrides):
+def apply_overrides(config, overrides, flag="--set"):
     """config with ["model.mlp_enabled=false", ...] put in; the last of two for one key wins."""
     values = {}
     for text in overrides:
         key, equals, value = text.partition("=")
-        key, where = key.strip(), f"--set {text}"
+        key, where = key.strip(), f"{flag} {text}"
         if not equals:
             raise UserError(f"{where}: write it as --set section.key=value, "
                             "for example --set model.n_layer=4")
@@ -388,6 +408,9 @@ RULES = (
     (lambda m, t: not m.attention_enabled and m.qk_norm,
      "model.qk_norm normalises queries and keys, and with model.attention_enabled=false there are "
      "none. Use --set model.qk_norm=false"),
+    (lambda m, t: not m.mlp_enabled and m.mlp_kind != "gelu",
+     "model.mlp_kind={m.mlp_kind} says what an MLP is like, and with model.mlp_enabled=false there "
+     "is none. Use --set model.mlp_kind=gelu, the default"),
     (lambda m, t: m.attention_enabled and m.n_embd % m.n_head,
      "model.n_embd={m.n_embd} cannot be shared out among model.n_head={m.n_head} heads: it must be "
      "a multiple of it"),

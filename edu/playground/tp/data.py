@@ -29,7 +29,7 @@ def read_phrases(path):
         text = Path(path).read_text("utf-8-sig")
     except OSError as error:
         raise UserError(f"cannot read data.path={path}: {error.strerror}\n"
-                        "  start tp in the folder that holds it, or --set data.path=FILE"
+                        "  start tp in the folder that holds it, or tp train --set data.path=FILE"
                         ) from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text (byte {error.start} is "

@@ -6,6 +6,11 @@ from pathlib import Path
 
 from tp.errors import UserError
 
+try:
+    import fcntl
+except ImportError:  # Windows has none: two processes at one run are not kept apart there
+    fcntl = None
+
 
 def write_bytes(path, content):
     """Write under a temporary name in the same folder, then put in place.
@@ -43,13 +48,25 @@ def append_row(path, row):
         file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def lock(file):
+    """Whether nobody else holds this open file; if so, it is ours until it is closed. Children
+    that are given the file keep the lock, even if their parent has been killed."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
 def read_json(path):
     """The content of a JSON file. Raises UserError."""
     try:
         return json.loads(Path(path).read_text("utf-8"))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {error}") from error
 
 
@@ -64,6 +81,8 @@ def read_rows(path):
     for number, line in enumerate(lines, 1):
         try:
             rows.append(json.loads(line))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path}, line {number} is damaged: {error}") from error
+        if not isinstance(rows[-1], dict):
+            raise UserError(f"{path}, line {number} is damaged: it holds no JSON object")
     return rows

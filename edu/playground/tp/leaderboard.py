@@ -18,6 +18,7 @@ import numpy as np
 from tp.errors import UserError
 from tp.files import write_bytes
 from tp.tables import (
+    count,
     differences,
     flat,
     is_number,
@@ -25,6 +26,7 @@ from tp.tables import (
     read_object,
     run_ids,
     short_names,
+    spell,
     table,
     visible,
 )
@@ -54,7 +56,11 @@ def main(args):
         path = getattr(args, kind)
         if path is not None:
             path = Path(path or Path(args.runs_dir) / f"leaderboard.{kind}")
-            write_bytes(path, render(boards).encode())
+            try:
+                write_bytes(path, render(boards).encode())
+            except OSError as error:
+                raise UserError(f"cannot write {path} ({error.strerror}); name another: --{kind} "
+                                "PATH") from None
             print(f"wrote {path}")
     return 0
 
@@ -97,7 +103,8 @@ def read_run(folder):
     status = summary.get("status")
     if status != "done":
         why = summary.get("error") or summary.get("reason")
-        raise UserError(f"not finished: its status is {status}" + (f" ({why})" if why else ""))
+        first = str(why).partition("\n")[0]
+        raise UserError(f"not finished: its status is {status}" + (f" ({first})" if why else ""))
     return {"run_id": folder.name, "seed": config.pop("seed", summary.get("seed")),
             "config": config, "summary": summary}
 
@@ -110,7 +117,7 @@ def data_key(run):
     summary = run["summary"]
     chosen = {key: value for key, value in run["config"].items() if key.startswith("data.")}
     counted = [summary.get("train_phrases"), summary.get("val_phrases")]
-    return json.dumps(summary.get("data_hash") or [chosen, counted], sort_keys=True)
+    return json.dumps([summary.get("data_hash") or chosen, counted], sort_keys=True)
 
 
 def tokenizer_key(run):
@@ -242,9 +249,10 @@ def show(runs_dir, sweep=None, by="best_val_loss"):
         which = f"of the sweep {sweep!r} " if sweep else ""
         raise UserError(f"there is no run {which}in {runs_dir}{sweeps_there(runs_dir, sweep)}\n"
                         f"  tp train --config configs/default.py --runs-dir {runs_dir}")
-    runs = sum(group["n"] for board in boards for group in board["groups"])
+    runs = [run_id for board in boards for group in board["groups"] for run_id in group["run_ids"]]
     name = f" - sweep {sweep}" if sweep else ""
-    print(f"tp leaderboard - {runs_dir}{name} - {runs} finished runs, {len(left_out)} left out")
+    print(f"tp leaderboard - {runs_dir}{name} - {count(runs, 'finished run')}, "
+          f"{len(left_out)} left out")
     if len(boards) > 1:
         print(f"they were measured on {len(boards)} different sets of phrases, which no number "
               "compares: one table for each")
@@ -275,7 +283,7 @@ def print_board(board):
     rows = []
     for place, group in enumerate(groups, 1):
         rows.append([
-            place, *[visible(str(group["config"].get(key, "-"))) for key in names], group["n"],
+            place, *[visible(spell(group["config"].get(key, "-"))) for key in names], group["n"],
             number(group["mean"]), number(group["sd"]),
             f"{group['low']:.4f}..{group['high']:.4f}", number(group["bpb"]),
             number(group["parameters"]), number(group["best_step"], 0),

@@ -31,10 +31,11 @@ def add_arguments(parser):
 
 
 def main(args):
-    ids = [args.run_id] if args.run_id is not None else args.run_ids.split(",")
+    given = args.run_id if args.run_id is not None else args.run_ids
+    ids = [given] if args.run_id is not None else given.split(",")
     ids = list(dict.fromkeys(name.strip() for name in ids if name.strip()))
     if not 1 <= len(ids) <= MOST_RUNS:
-        raise UserError(f"--run-ids {args.run_ids}: one picture shows 1 to {MOST_RUNS} runs, "
+        raise UserError(f"{given!r} names {len(ids)} runs, and one picture shows 1 to {MOST_RUNS}, "
                         "because more colours cannot be told apart")
     folders = [find_run(args.runs_dir, name) for name in ids]
     runs = [read_curves(folder, args.log_y) for folder in folders]

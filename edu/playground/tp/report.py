@@ -15,15 +15,17 @@ import torch
 from tp.data import (
     IGNORED,
     count_bytes,
+    fingerprint,
     ladder,
     load_split,
     ordered_batches,
     to_rows,
 )
+from tp.errors import UserError
 from tp.files import write_json
 from tp.runs import CHECKPOINTS, Run
 from tp.sample import add_sampling_arguments, check_sampling, generate_ids, sampling_options
-from tp.tables import is_number, number, table, visible
+from tp.tables import is_number, number, spell, table, visible
 from tp.textstats import (
     calibration,
     copied_spans,
@@ -51,14 +53,15 @@ def main(args):
     model, tokenizer, config, state = run.load_model(args.checkpoint)
     torch.set_num_threads(config.train.threads)  # to the bit, whatever the machine
     options = sampling_options(args, config)
-    check_sampling(**{k: v for k, v in options.items() if k not in ("prompt", "seed")})
+    check_sampling(**{k: v for k, v in options.items() if k != "prompt"})
     print(f"tp report - cpu - {model.count_parameters() / 1e6:.2f}M params - {args.checkpoint} of "
           f"{run.run_id}, step {state['step']} - seed {options['seed']}")
     print(f"{options['n_samples']} samples - "
           + ("unconditional" if options["prompt"] is None else f"prompt {options['prompt']!r}")
-          + "".join(f" - {name} {options[name]}" for name in
+          + "".join(f" - {name} {spell(options[name])}" for name in
                     ("max_new_tokens", "temperature", "top_k", "top_p")), flush=True)
     train, val = load_split(config.data)
+    require_same(state, train, val, config.data.path)
     report = {
         "run_id": run.run_id, "checkpoint": args.checkpoint, "step": state["step"],
         "parameters": model.count_parameters(), "sampling": options,
@@ -72,6 +75,14 @@ def main(args):
     print(f"wrote {path}")
     print(f"next: tp plot-loss --runs-dir {run.runs_dir} --run-id {run.run_id}")
     return 0
+
+
+def require_same(state, train, val, path):
+    """Raises UserError where the phrases are no longer those that the model was trained on:
+    validation phrases could be among them, and neither gap nor novelty would mean a thing."""
+    if state.get("data_sha256", fingerprint(train + val)) != fingerprint(train + val):
+        raise UserError(f"{path} is not what this run was trained on: no measure against it would "
+                        "be true. Put the old file back, or train a new run on this one")
 
 
 def report_path(run, checkpoint):

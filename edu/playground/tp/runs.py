@@ -14,6 +14,7 @@ from pathlib import Path
 from tp.config import check, config_hash, from_dict, to_dict
 from tp.errors import UserError
 from tp.files import read_json, read_rows, write_bytes, write_json, write_lines
+from tp.tables import is_number, read_object
 
 CHECKPOINTS = ("best_val", "last")
 
@@ -49,7 +50,7 @@ class Run:
         may exist, with a sweep's notes in it; the folder of the checkpoints may not.
         """
         name = time.strftime("%Y%m%d-%H%M%S-") + config_hash(config, with_seed=True)[:6]
-        run = cls(runs_dir, run_id or name)
+        run = cls(runs_dir, name if run_id is None else run_id)
         try:
             run.folder.mkdir(parents=True, exist_ok=True)
             run.checkpoint_path("last").parent.mkdir()  # of two processes, one gets it
@@ -99,13 +100,14 @@ class Run:
 
     def load_summary(self):
         """summary.json. A status of "running" without such a process is a run that was killed."""
-        return read_json(self.summary_path)
+        return read_object(self.summary_path)
 
     def keep_rows_until(self, step):
         """Drop the metrics and samples of later steps: a resumed run will write them again."""
         for path in (self.metrics_path, self.samples_path):
             if path.exists():
-                write_lines(path, [row for row in read_rows(path) if row["step"] <= step])
+                write_lines(path, [row for row in read_rows(path)
+                                   if is_number(row.get("step")) and row["step"] <= step])
 
     # ---- weights ---------------------------------------------------------------------------------
 
@@ -126,14 +128,21 @@ class Run:
 
         path = self.checkpoint_path(checkpoint)
         try:
-            return torch.load(path, map_location="cpu", weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True)
         except FileNotFoundError as error:
             raise UserError(f"there is no {path}: run {self.run_id} was stopped before its first "
                             f"evaluation. Go on with it:\n  tp train --runs-dir {self.runs_dir} "
                             f"--resume {self.run_id}") from error
-        except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+        except (OSError, EOFError, RuntimeError, ValueError, TypeError, AttributeError, LookupError,
+                AssertionError, OverflowError, pickle.UnpicklingError) as error:
             raise UserError(f"{path} is damaged, or no checkpoint: "
-                            f"{str(error).splitlines()[0]}") from error
+                            f"{(str(error) or 'it is empty').splitlines()[0]}") from error
+        kinds = {"model": dict, "step": int, "config": dict, "tokenizer_sha256": str}
+        wrong = [key for key, kind in kinds.items()
+                 if not isinstance(state, dict) or not isinstance(state.get(key), kind)]
+        if wrong:
+            raise UserError(f"{path} is no checkpoint of tp train: it lacks {', '.join(wrong)}")
+        return state
 
     def load_model(self, checkpoint="best_val"):
         """(model in eval mode, tokenizer, config, state). state: step, val_loss and more.
@@ -149,11 +158,15 @@ class Run:
             raise UserError(f"{self.tokenizer_path} (sha256 {tokenizer.sha256[:12]}) is not the "
                             f"tokenizer of {checkpoint}.pt (sha256 "
                             f"{state['tokenizer_sha256'][:12]}): its ids would mean other text")
+        if state["config"].get("model") != to_dict(config)["model"]:
+            raise UserError(f"the model in {self.config_path} is not the one that {checkpoint}.pt "
+                            "holds the weights of; was the file edited? Undo that: a new model "
+                            "needs a new run")
         check(config)
         model = Transformer(config.model, tokenizer.vocab_size)
         try:
             model.load_state_dict(state["model"])
-        except RuntimeError as error:
+        except (RuntimeError, TypeError) as error:
             raise UserError(f"{self.checkpoint_path(checkpoint)} does not fit "
                             f"{self.config_path}; was one of them edited?\n"
                             f"  {str(error).splitlines()[-1].strip()}") from error

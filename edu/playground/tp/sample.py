@@ -1,5 +1,7 @@
 """Drawing text from a model: temperature, top-k, top-p, many samples at a time."""
 
+import re
+
 import torch
 
 from tp.errors import UserError
@@ -15,12 +17,13 @@ def keep_top_k(logits, k):
 def keep_top_p(logits, p):
     """logits (B, V) with all outside the nucleus at -inf: the fewest tokens that make up p.
 
-    A token stays when those above it have less than p in sum, so that one always stays.
+    A token stays when those above it have less than p in sum; the likeliest always stays.
     Source: Holtzman et al. 2020, section 3.1.
     """
     probs, order = logits.softmax(-1).sort(dim=-1, descending=True, stable=True)  # (B, V)
     above = probs.cumsum(-1) - probs  # what the likelier ones make up
-    drop = torch.zeros_like(above, dtype=torch.bool).scatter(-1, order, above >= p)
+    drop = torch.zeros_like(above, dtype=torch.bool).scatter(
+        -1, order, (above >= p) & (above > 0))
     return logits.masked_fill(drop, -torch.inf)
 
 
@@ -28,7 +31,9 @@ def pick(logits, temperature, top_k, top_p, generator):
     """One id per row of logits (B, V), as (B, 1). Temperature first, then top-k, then top-p."""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
-    logits = logits / temperature
+    # From the highest down, in float64: no temperature, be it 1e-46, makes inf - inf of them.
+    highest = logits.max(-1, keepdim=True).values
+    logits = ((logits - highest).double() / temperature).float()
     if top_k is not None:
         logits = keep_top_k(logits, top_k)
     if top_p < 1:
@@ -45,7 +50,7 @@ def generate_ids(model, tokenizer, prompt=None, n_samples=1, max_new_tokens=24, 
     block_size goes on with the last block_size tokens in sight. The same seed gives the same ids.
     Each new token costs a pass over the whole text, as nothing is cached. Raises UserError.
     """
-    check_sampling(n_samples, max_new_tokens, temperature, top_k, top_p)
+    check_sampling(n_samples, max_new_tokens, temperature, top_k, top_p, seed)
     start = [tokenizer.bos_id, *tokenizer.encode(prompt or "")]
     generator = torch.Generator().manual_seed(seed)
     was_training = model.training
@@ -55,6 +60,9 @@ def generate_ids(model, tokenizer, prompt=None, n_samples=1, max_new_tokens=24, 
     for _ in range(max_new_tokens if n_samples else 0):
         features = model.features(ids[:, -model.config.block_size :])
         logits = model.head(features[:, -1])  # (B, V)
+        if not logits.isfinite().all():
+            raise UserError("the model's logits are not finite: its training had gone wrong when "
+                            "this checkpoint was saved. Take another:  --checkpoint best_val")
         logits[:, : tokenizer.eos_id] = -torch.inf  # pad, unk and bos are no text
         ids = torch.cat((ids, pick(logits, temperature, top_k, top_p, generator)), dim=1)
         going = ids[:, -1] != tokenizer.eos_id
@@ -74,14 +82,15 @@ def generate(model, tokenizer, prompt=None, **options):
     return [tokenizer.decode(row) for row in generate_ids(model, tokenizer, prompt, **options)]
 
 
-def check_sampling(n_samples, max_new_tokens, temperature, top_k, top_p):
+def check_sampling(n_samples, max_new_tokens, temperature, top_k, top_p, seed):
     """Raises UserError for a value outside its range."""
     faults = ((n_samples < 0, "--n-samples", n_samples, "at least 0"),
               (max_new_tokens < 1, "--max-new-tokens", max_new_tokens, "at least 1"),
               (not 0 <= temperature < float("inf"), "--temperature", temperature,
                "0 (the likeliest token always) or above"),
-              (top_k is not None and top_k < 1, "--top-k", top_k, "at least 1"),
-              (not 0 < top_p <= 1, "--top-p", top_p, "above 0 and at most 1"))
+              (top_k is not None and top_k < 1, "--top-k", top_k, "at least 1, or 0 for all"),
+              (not 0 < top_p <= 1, "--top-p", top_p, "above 0 and at most 1"),
+              (not 0 <= seed < 2**63, "--seed", seed, "at least 0 and below 2^63"))
     for is_wrong, flag, value, range_ in faults:
         if is_wrong:
             raise UserError(f"{flag} {value}: it must be {range_}")
@@ -114,6 +123,8 @@ def sampling_options(args, config):
         given = getattr(args, name)
         options[name] = getattr(saved, name) if given is None else given
     options["top_k"] = options["top_k"] or None
+    if "\0" in (options["prompt"] or "") or re.search("[\ud800-\udfff]", options["prompt"] or ""):
+        raise UserError(f"--prompt {options['prompt']!r} is not text in UTF-8")
     return options
 
 

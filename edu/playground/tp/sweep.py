@@ -26,14 +26,9 @@ from pathlib import Path
 
 from tp.config import apply_overrides, check, flatten, load_config, to_dict
 from tp.errors import UserError
-from tp.files import write_json
+from tp.files import lock, write_json
 from tp.leaderboard import UNITS, read_run, show
-from tp.tables import flat, number, read_object, short_names, table, visible
-
-try:
-    import fcntl
-except ImportError:  # Windows has none: two sweeps of one name are not kept apart there
-    fcntl = None
+from tp.tables import count, flat, number, read_object, short_names, spell, table, visible
 
 EXAMPLE = ("tp sweep --config configs/default.py --grid model.positional_encoding=rope,alibi,none "
            "--seeds 1,2,3")
@@ -43,13 +38,13 @@ PATIENCE = 30  # seconds that a run has for its last checkpoint when it is told 
 def add_arguments(parser):
     parser.add_argument("--config", default="configs/default.py", metavar="PATH",
                         help="config file of all runs (default: configs/default.py)")
-    parser.add_argument("--grid", action="append", default=[], metavar="KEY=V1,V2", help="values "
-                        "of one key; given several times, every combination is trained. A value "
+    parser.add_argument("--grid", action="extend", nargs="+", default=[], metavar="KEY=V1,V2",
+                        help="values of a key; of several, every combination is trained. A value "
                         'that holds a comma stands in double quotes: \'data.path="a,b.txt",c.txt\'')
     parser.add_argument("--seeds", metavar="1,2,3", help="train each combination with each of "
                         "these (default: the config's seed)")
-    parser.add_argument("--set", action="append", default=[], dest="overrides",
-                        metavar="KEY=VALUE", help="change one key of the config for all runs")
+    parser.add_argument("--set", action="extend", nargs="+", default=[], dest="overrides",
+                        metavar="KEY=VALUE", help="change a key of the config for all runs")
     parser.add_argument("--jobs", type=int, metavar="N", help="runs at a time (default: as many as "
                         "the cores have room for, at train.threads each)")
     parser.add_argument("--runs-dir", default="runs", help="folder of all runs")
@@ -61,9 +56,13 @@ def main(args):
     base = apply_overrides(load_config(args.config), args.overrides)
     grid = read_grid(args.grid, base)
     seeds = read_seeds(args.seeds) or [base.seed]
-    name = check_name(args.name or default_name(base, grid))
+    name = check_name(default_name(base, grid) if args.name is None else args.name)
     points = plan(base, grid, seeds, name)
     allowed = [point for point in points if point.reason is None]
+    for path in dict.fromkeys(point.config["data.path"] for point in allowed):
+        if not Path(path).is_file():
+            raise UserError(f"data.path={path}: there is no such file, and every run would fail "
+                            "for want of it")
     jobs, threads = share_cores(args.jobs, allowed)
     runs_dir = Path(args.runs_dir)
     for point in allowed:
@@ -72,6 +71,7 @@ def main(args):
     if not allowed:
         raise UserError("every combination of this grid is refused, for the reasons above")
     sweep = Sweep(name, runs_dir, jobs, threads)
+    require_same(sweep.config_path, base, grid)
     # The children read this copy: the config file may be edited while they wait for their turn.
     runs_dir.mkdir(parents=True, exist_ok=True)
     write_json(sweep.config_path, to_dict(base))
@@ -97,11 +97,6 @@ class Point:
         return [f"{key}={spell(value)}" for key, value in self.settings.items()]
 
 
-def spell(value):
-    """A value as --set reads it."""
-    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
-
-
 def read_grid(specs, base):
     """{"model.n_layer": [2, 4], ...} of ["model.n_layer=2,4", ...]. Raises UserError.
 
@@ -120,7 +115,8 @@ def read_grid(specs, base):
         if key in grid:
             raise UserError(f"--grid gives {key} twice; put all its values into one: "
                             f"--grid {key}=VALUE,VALUE")
-        values = [flatten(apply_overrides(base, [f"{key}={word}"]))[key] for word in words]
+        values = [flatten(apply_overrides(base, [f"{key}={word}"], "--grid"))[key]
+                  for word in words]
         if len({spell(value) for value in values}) < len(values):
             raise UserError(f"--grid {spec}: one value stands there twice")
         grid[key] = values
@@ -213,6 +209,21 @@ def state_of(folder, config):
     return "resume", ""
 
 
+def require_same(path, base, grid):
+    """Raises UserError if a sweep of this name has left other settings for its runs: it may be
+    under way, and those that still wait would be trained with ours."""
+    if not path.exists():
+        return
+    there, here = flat(read_object(path)), flatten(base)
+    changed = [key for key in here if key != "seed" and key not in grid
+               and there.get(key) != here[key]]
+    if changed:
+        key = changed[0]
+        raise UserError(f"{path}: the sweep of this name has {key}={spell(there.get(key))}, and "
+                        f"here it is {spell(here[key])}. Give this sweep another --name, or, if "
+                        "the other is over and done with, remove that file")
+
+
 def is_finished(folder):
     try:
         return bool(read_run(folder))
@@ -274,7 +285,7 @@ class Sweep:
         folder = self.runs_dir / point.run_id
         folder.mkdir(parents=True, exist_ok=True)
         log = open(folder / "train.log", "a+", encoding="utf-8", errors="replace")
-        if not lock(log):
+        if not lock(log):  # the child keeps the lock, as it keeps the file
             log.close()
             self.finish(point, "busy", "another process is training it", 0, 0)
             return
@@ -360,18 +371,6 @@ class Sweep:
             point.state = "done" if is_finished(self.runs_dir / point.run_id) else "stopped"
 
 
-def lock(log):
-    """Whether nobody else holds this log. The child keeps the lock, as it keeps the file, so that
-    it stays locked while it trains, even if the sweep that began it has been killed."""
-    if fcntl is None:
-        return True
-    try:
-        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
 def remove_empty(folder):
     """Take away the empty folders of a run that was killed before it wrote its config.json: tp
     train would take them for a run that is under way."""
@@ -407,7 +406,7 @@ def announce(name, points, seeds, jobs, threads):
     allowed = [point for point in points if point.reason is None]
     counts = {state: sum(point.state == state for point in allowed)
               for state in ("done", "resume", "new", "failed")}
-    print(f"tp sweep - cpu - {name} - {len(allowed)} runs: {len(allowed) // seeds} combination"
+    print(f"tp sweep - cpu - {name} - {count(allowed, 'run')}: {len(allowed) // seeds} combination"
           f"{'s' * (len(allowed) != seeds)} x {seeds} seed{'s' * (seeds > 1)} - {jobs} at a time, "
           f"{threads} thread{'s' * (threads > 1)} each")
     print(f"{counts['done']} are finished, {counts['resume']} go on, {counts['new']} begin"
@@ -435,8 +434,10 @@ def conclude(sweep, points, stopped, args):
         rows = [[point.run_id, visible(point.why), sweep.runs_dir / point.run_id / "train.log"]
                 for point in broken]
         print("\n".join("  " + line for line in table(["run", "why", "log"], rows)))
-    if missing:
-        print(f"\n{len(missing)} runs are left: the same command goes on with them"
+    left = [point for point in missing
+            if state_of(sweep.runs_dir / point.run_id, point.config)[0] != "failed"]
+    if left:
+        print(f"\n{count(left, 'run')} left: the same command goes on"
               + (f" (its name: --name {sweep.name})" if not args.name else ""))
     leaders = [group["run_ids"][0] for board in boards[:1] for group in board["groups"][:2]]
     if len(leaders) > 1:

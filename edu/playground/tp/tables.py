@@ -52,8 +52,9 @@ def number(value, digits=4):
 
 
 def is_number(value):
-    """Whether JSON gave a number; True and False are none, though Python counts with them."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """Whether JSON gave a number; True and False are none, though Python counts with them, and
+    neither is one so long that no float can hold it."""
+    return type(value) is float or (type(value) is int and abs(value) < 2**63)
 
 
 def as_dict(value):
@@ -64,6 +65,16 @@ def as_dict(value):
 def visible(text):
     """A text on one line, with nothing in it that a terminal would obey."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def spell(value):
+    """A value as --set reads it."""
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+
+
+def count(items, name):
+    """"1 run", "2 runs"."""
+    return f"{len(items)} {name}{'s' * (len(items) != 1)}"
 
 
 def short_names(keys):

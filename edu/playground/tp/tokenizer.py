@@ -21,6 +21,8 @@ class Tokenizer:
     """encode(text) -> ids, decode(ids) -> text; vocab_size; sha256 of the model file."""
 
     def __init__(self, proto):
+        if not proto:  # which sentencepiece takes, to fail at the first text
+            raise RuntimeError("an empty file")
         self.processor = sentencepiece.SentencePieceProcessor(model_proto=proto)
         self.vocab_size = self.processor.vocab_size()
         self.sha256 = hashlib.sha256(proto).hexdigest()

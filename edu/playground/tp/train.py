@@ -30,7 +30,7 @@ from tp.config import (
     to_dict,
 )
 from tp.errors import UserError
-from tp.files import append_row, write_json
+from tp.files import append_row, lock, write_json
 from tp.model import Transformer
 from tp.optim import lr_factor, make_optimizers, set_lr
 from tp.runs import Run
@@ -78,7 +78,11 @@ class Session:
         sample = random.Random(config.data.split_seed).sample(train, min(len(val), len(train)))
         self.train_batches = data.ordered_batches(data.to_rows(sample, self.tokenizer, T))
         torch.manual_seed(config.seed)  # for the weights, and from there on for dropout
-        self.model = Transformer(config.model, self.tokenizer.vocab_size)
+        try:
+            self.model = Transformer(config.model, self.tokenizer.vocab_size)
+        except RuntimeError as error:  # torch's word for too little memory
+            raise UserError("there is not the memory for this model; make model.n_embd, n_layer or "
+                            f"block_size smaller\n  {str(error).splitlines()[0]}") from error
         self.optimizers = make_optimizers(self.model, config.train)
         self.clock, self.tokens_then = time.perf_counter(), 0  # at the newest row
 
@@ -93,12 +97,12 @@ class Session:
         """What best_val.pt holds: enough to generate and evaluate."""
         return {"model": self.model.state_dict(), "step": self.progress.step,
                 "val_loss": self.progress.val_loss, "config": to_dict(self.config),
-                "tokenizer_sha256": self.tokenizer.sha256}
+                "tokenizer_sha256": self.tokenizer.sha256, "data_sha256": self.data_sha256}
 
     def save(self):
         """last.pt: best_val.pt's contents and whatever the next step depends on."""
         self.run.save_checkpoint("last", {
-            **self.state(), "progress": asdict(self.progress), "data_sha256": self.data_sha256,
+            **self.state(), "progress": asdict(self.progress),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "rng": torch.get_rng_state()})
 
@@ -106,15 +110,28 @@ class Session:
         """Go back to where last.pt was saved; a run killed before that begins anew."""
         if self.run.checkpoint_path("last").exists():
             state = self.run.load_checkpoint("last")
-            if state["data_sha256"] != self.data_sha256:
-                raise UserError(f"{self.config.data.path} is not what run {self.run.run_id} was "
-                                "trained on; going on would mix two data sets. Start a new run")
-            self.progress = Progress(**state["progress"])
-            self.model.load_state_dict(state["model"])
-            for optimizer, saved in zip(self.optimizers, state["optimizers"]):
-                optimizer.load_state_dict(saved)
-            torch.set_rng_state(state["rng"])
+            self.require_same(state)
+            try:
+                self.progress = Progress(**state["progress"])
+                self.model.load_state_dict(state["model"])
+                for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+                    optimizer.load_state_dict(saved)
+                torch.set_rng_state(state["rng"])
+            except (KeyError, TypeError, ValueError, RuntimeError) as error:
+                raise UserError(f"{self.run.checkpoint_path('last')} is damaged: "
+                                f"{str(error).splitlines()[0]}") from error
         self.run.keep_rows_until(self.progress.reported)
+
+    def require_same(self, state):
+        """Raises UserError if what last.pt was saved with is no longer what lies in the folder."""
+        now = {"config": to_dict(self.config), "tokenizer_sha256": self.tokenizer.sha256,
+               "data_sha256": self.data_sha256}
+        names = {"config": self.run.config_path, "tokenizer_sha256": self.run.tokenizer_path,
+                 "data_sha256": self.config.data.path}
+        for key, name in names.items():
+            if state.get(key) != now[key]:
+                raise UserError(f"{name} is not what run {self.run.run_id} was trained with so "
+                                "far; going on would mix two runs. Start a new one")
 
     def write_summary(self, status, **more):
         """summary.json; returns what it holds."""
@@ -160,9 +177,10 @@ def report(session):
     s, p = session, session.progress
     learning, tokens_learned = s.tick(), p.tokens - s.tokens_then
     nats, tokens = evaluate(s.model, s.train_batches)
-    p.train_loss = nats / tokens
+    train_loss = require_finite(nats / tokens, "the training loss", s)
     nats, tokens = evaluate(s.model, s.val_batches)
     p.val_loss = require_finite(nats / tokens, "the validation loss", s)
+    p.train_loss = train_loss
     # bits per byte = nats / (ln 2 * bytes): comparable between tokenizers, as losses are not
     bpb = nats / (math.log(2) * s.val_bytes)
     s.tick()
@@ -317,21 +335,33 @@ def train(config, runs_dir="runs", run_id=None, resume=False):
 
     resume: go on with run_id; config may then be None, and if given must be the run's own. A run
     that is finished stays as it is.
-    Raises UserError for settings that make no sense, data out of reach, an existing run_id, and a
-    loss that is no longer finite; KeyboardInterrupt, after saving, for Ctrl-C.
+    Raises UserError for settings that make no sense, data out of reach, an existing run_id, a run
+    that another process trains, and a loss that is no longer finite; KeyboardInterrupt, after
+    saving, for Ctrl-C.
     """
-    if resume:
+    if not resume:
+        session = begin(config, runs_dir, run_id)
+        run = session.run
+    else:
         run = reopen(config, runs_dir, run_id)
         summary = run.load_summary() if run.summary_path.exists() else {"status": "killed"}
-        if summary["status"] == "done":
+        if summary.get("status") == "done":
             print(f"run {run_id} is finished: {summary['steps']} steps, best validation loss "
                   f"{summary['best_val_loss']:.4f} at step {summary['best_step']}\n"
                   f"next: tp generate --runs-dir {runs_dir} --run-id {run_id}")
             return summary
-        session = Session(run, run.load_config())
-        session.restore()
-    else:
-        session = begin(config, runs_dir, run_id)
+    with open(run.config_path) as alone:
+        if not lock(alone):
+            raise UserError(f"another process is training run {run.run_id}; two would write into "
+                            "each other's files")
+        if resume:
+            session = Session(run, run.load_config())
+            session.restore()
+        return to_the_end(session)
+
+
+def to_the_end(session):
+    """Train from where the session stands; see train."""
     announce(session)
     session.write_summary("running")
     try:
@@ -344,8 +374,9 @@ def train(config, runs_dir="runs", run_id=None, resume=False):
         raise
     summary = session.write_summary(status)
     if status == "stopped":
+        run = session.run
         print(f"stopped at step {session.progress.step}; go on with\n"
-              f"  tp train --runs-dir {runs_dir} --resume {session.run.run_id}", flush=True)
+              f"  tp train --runs-dir {run.runs_dir} --resume {run.run_id}", flush=True)
         raise KeyboardInterrupt
     conclude(session)
     return summary
@@ -373,8 +404,8 @@ def reopen(config, runs_dir, run_id):
         raise UserError(f"run {run_id} was made with other settings, and a run with two is neither:"
                         "\n  " + "\n  ".join(changes) + "\n  Resume it without --config and --set,"
                         " or start a new run")
-    if run.summary_path.exists() and run.load_summary()["status"] == "failed":
-        raise UserError(f"run {run_id} failed, and would again: {run.load_summary()['error']}")
+    if run.summary_path.exists() and run.load_summary().get("status") == "failed":
+        raise UserError(f"run {run_id} failed, and would again: {run.load_summary().get('error')}")
     return run
 
 
@@ -426,13 +457,14 @@ def main(args):
     if args.list_keys:
         print(describe_keys())
         return
-    if args.resume and args.run_id:
+    resume = args.resume is not None  # --resume "" is a variable left empty, and no new run
+    if resume and args.run_id is not None:
         raise UserError("--resume names the run; leave out --run-id")
     config = None
-    if args.config or not args.resume:
-        config = load_config(args.config or "configs/default.py")
+    if args.config is not None or not resume:
+        config = load_config("configs/default.py" if args.config is None else args.config)
     elif args.set:
         config = Run.open(args.runs_dir, args.resume).load_config()
     if config is not None:
         config = apply_overrides(config, args.set)
-    train(config, args.runs_dir, args.resume or args.run_id, resume=bool(args.resume))
+    train(config, args.runs_dir, args.resume if resume else args.run_id, resume)
