@@ -34,6 +34,7 @@ from tp import (  # noqa: E402
     plot,
     report,
     runs,
+    sample,
     sweep,
     tables,
 )
@@ -759,9 +760,13 @@ def test_predictions_agree_with_the_models_own_loss(here):
     assert confidence == pytest.approx(1 / tokenizer.vocab_size, rel=1e-4)
 
 
-def test_no_samples_is_no_crash_and_a_strange_text_cannot_command_the_terminal(here, capsys):
+def test_no_samples_is_no_crash_and_a_strange_text_cannot_command_the_terminal(here, capsys,
+                                                                               monkeypatch):
     assert cli.main(["report", "--run-id", "two", "--checkpoint", "last", "--n-samples", "0"]) == 0
     assert "ECE" in capsys.readouterr().out
     assert tables.visible("a\x1b[2Jb\nc\u202e") == "a\\x1b[2Jb\\nc\\u202e"
     assert "--temperature" in refused(capsys, "report", "--run-id", "two", "--temperature", "-1")
     assert compare.short_labels(["a", "x" * 40]) == ["A", "B"]
+    monkeypatch.setattr(sample, "generate", lambda *_, **__: iter(["tea\x1b[2J\nfor two"]))
+    assert cli.main(["generate", "--run-id", "two"]) == 0
+    assert capsys.readouterr().out.splitlines()[1:] == ["tea\\x1b[2J\\nfor two"]

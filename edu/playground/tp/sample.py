@@ -6,6 +6,7 @@ import torch
 
 from tp.errors import UserError
 from tp.runs import CHECKPOINTS, Run
+from tp.tables import visible
 
 
 def keep_top_k(logits, k):
@@ -144,4 +145,4 @@ def main(args):
     print(f"tp generate - cpu - {model.count_parameters() / 1e6:.2f}M params - "
           f"{args.checkpoint} of {args.run_id}, step {state['step']} - seed {options['seed']}")
     for text in generate(model, tokenizer, **options):
-        print(text)
+        print(visible(text))  # each on a line, whatever bytes the model has put together
