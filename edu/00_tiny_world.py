@@ -58,6 +58,7 @@ from tqdm import tqdm
 ROW_GROUP = 1024  # documents per row group, nanochat's number: the loader deals out row groups
 TRAIN_SHARDS = 4  # one more, the last, is validation
 VALIDATION_SHARE = 0.04
+MOST_MISSES = 20_000  # draws in a row that bring nothing new: there is no more to find
 SMALLEST_MB = 1.0  # below this some facts would never come up in the training shards
 
 
@@ -2323,14 +2324,23 @@ def write_problem(w, make):
     return key, w.tell(question, slots), "\n".join(lines + [f"#### {result}"])
 
 
+def check_misses(misses, flag, found):
+    """Raise UserError when a list cannot grow any more, instead of drawing for ever."""
+    if misses > MOST_MISSES:
+        raise UserError(f"{flag} asks for more than there is: after {found} different ones, "
+                        f"{MOST_MISSES} draws in a row brought nothing new; ask for fewer")
+
+
 def make_problems(seed, num_train, num_test, teller):
     """Two lists of (question, answer); no (template, numbers) stands in both, or twice."""
     w = teller(seed)
-    rows = {}  # key: (question, answer), in the order of their making
+    rows, misses = {}, 0  # key: (question, answer), in the order of their making
     while len(rows) < num_train + num_test:
-        made = write_problem(w, PROBLEMS[len(rows) % len(PROBLEMS)])
+        made, before = write_problem(w, PROBLEMS[len(rows) % len(PROBLEMS)]), len(rows)
         if made:
             rows.setdefault(made[0], made[1:])
+        misses = 0 if len(rows) > before else misses + 1
+        check_misses(misses, "--num-problems", len(rows))
     rows = list(rows.values())
     return rows[num_test:], rows[:num_test]
 
@@ -2537,12 +2547,14 @@ KINDS = {"fact": 60, "sum": 9, "small talk": 6, "unknown": 7, "story": 6, "spell
 
 def make_chats(w, count, held):
     """Chats of one to three exchanges; no first question twice in the test split."""
-    chats, seen = [], set()
+    chats, seen, misses = [], set(), 0
     kinds = [kind for kind, share in KINDS.items() for _ in range(share)]
     while len(chats) < count:
         chosen = [w.one(kinds) for _ in range(w.one([1, 1, 1, 1, 2, 3]))]
         turns = [exchange(w, kind, held) for kind in chosen]
-        if held and turns[-1][0] in seen:
+        misses = misses + 1 if held and turns[-1][0] in seen else 0
+        check_misses(misses, "--num-chats", len(chats))
+        if misses:
             continue
         seen.add(turns[-1][0])
         messages = [{"role": role, "content": turn[i]} for turn in turns
@@ -2648,11 +2660,13 @@ TASKS = {
 
 
 def make_task(w, make, count):
-    items = {}  # by text, so that none comes twice
+    items, misses = {}, 0  # by text, so that none comes twice
     while len(items) < count:
-        item = make(w)
+        item, before = make(w), len(items)
         if item:
             items.setdefault(json.dumps(list(item.values())[0]), item)
+        misses = 0 if len(items) > before else misses + 1
+        check_misses(misses, "--num-eval", len(items))
     return list(items.values())
 
 

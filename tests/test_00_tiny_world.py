@@ -578,6 +578,19 @@ def test_a_bad_number_is_one_message_and_exit_2(run_script, arguments, words):
     assert all(word in done.stderr for word in words)
 
 
+@pytest.mark.parametrize("make, flag", [
+    (lambda teller: tiny.make_problems(1, 10**6, 0, teller), "--num-problems"),
+    (lambda teller: tiny.make_chats(teller(1), 10**6, held=True), "--num-chats"),
+    (lambda teller: tiny.make_task(teller(1), tiny.facts_mc, 10**6), "--num-eval"),
+])
+def test_more_than_there_is_to_draw_is_refused_instead_of_drawn_for_ever(make, flag, monkeypatch):
+    monkeypatch.setattr(tiny, "MOST_MISSES", 30)
+    facts, sums = (tiny.read_table(table) for table in
+                   (tiny.FACTS[:3], tiny.SUMS[:1]))
+    with pytest.raises(tiny.UserError, match=f"{flag} asks for more than there is"):
+        make(lambda seed: tiny.Teller(seed, facts, sums))
+
+
 def test_a_folder_that_cannot_be_written_is_one_message_and_exit_2(run_script, tmp_path):
     (tmp_path / "file").write_text("in the way")
     done = run_script("00_tiny_world", "--size-mb", "1", "--data-dir", "file/data")
