@@ -34,6 +34,7 @@ Writes:
 """
 import contextlib
 import email.utils
+import filecmp
 import hashlib
 import json
 import math
@@ -589,8 +590,23 @@ def remember_source(base_url, config):
         raise UserError(f"the shards in {config.data_dir} came from {before}, not from {base_url}, "
                         "and a mixture would pass unseen: take another folder with --data-dir, or "
                         f"remove them: rm {shlex.quote(str(config.data_dir))}/shard_*.parquet")
+    check_twins(base_url, config)
     with atomic_write(record) as temporary:
         temporary.write_text(base_url, encoding="utf-8")
+
+
+def check_twins(base_url, config):
+    """Raise UserError when a whole shard here is not what the folder base_url holds by now.
+
+    A world that was made anew keeps its name and its number of shards: the old ones would pass for
+    it, and the model would learn from one world and be examined on another.
+    """
+    for path in shards_in(config.data_dir) if folder_of(base_url) else []:
+        twin = folder_of(base_url) / path.name
+        if twin.is_file() and is_whole(path) and not filecmp.cmp(path, twin, shallow=False):
+            raise UserError(f"{path} is not the {path.name} that {base_url} has now: take another "
+                            "folder with --data-dir, or remove the old ones: "
+                            f"rm {shlex.quote(str(config.data_dir))}/shard_*.parquet")
 
 
 def shards_in(folder):

@@ -822,6 +822,21 @@ def test_two_corpora_are_never_mixed_in_one_folder(script, data, mirror, tmp_pat
     assert script("--base-url", other.url)[0] == 0
 
 
+def test_a_folder_that_was_made_anew_is_not_mixed_with_its_older_self(script, data):
+    """Another seed of the tiny world: same names, same number, other text."""
+    (data / "mirror").mkdir(parents=True)
+    for name, body in FOUR.items():
+        (data / "mirror" / name).write_bytes(body)
+    assert script("--base-url", "mirror")[0] == script("--base-url", "mirror")[0] == 0
+    (data / "mirror" / NAME).write_bytes(SHARDS[1])
+    code, _, err = script("--base-url", "mirror")
+    assert code == 2 and f"is not the {NAME} that" in err and "rm " in err
+    assert (data / NAME).read_bytes() == SHARDS[0]
+    (data / NAME).write_bytes(b"cut short")  # damaged is another matter: that is mended
+    assert script("--base-url", "mirror")[0] == 0
+    assert (data / NAME).read_bytes() == SHARDS[1]
+
+
 def test_the_same_name_on_another_port_or_as_a_folder_is_the_same_data(script, data, mirror):
     folder = mirror(FOUR, path="/mirror")
     script("--base-url", folder.url)
