@@ -931,11 +931,15 @@ def check_engine_settings(cfg):
         raise UserError(f"--max-tokens {cfg.max_tokens}: ask for at least 1.")
     if cfg.bench_tokens < 0:
         raise UserError(f"--bench-tokens {cfg.bench_tokens}: 0 skips the race, more runs it.")
-    if cfg.temperature < 0 or cfg.top_k < 0:
+    if not cfg.temperature >= 0 or cfg.top_k < 0:  # not-a-number is neither
         raise UserError(f"--temperature {cfg.temperature} --top-k {cfg.top_k}: neither can be "
                         "negative; 0 means greedy, and 0 means all tokens.")
     if not cfg.prompt or not all(cfg.prompt):
         raise UserError('--prompt is empty: give some text, for example --prompt "The sky is".')
+    for name in ("stage", "prompt", "max_tokens", "temperature", "top_k"):
+        if cfg.compare and getattr(cfg, name) != getattr(Config, name):
+            raise UserError("--compare puts questions of its own to its stages, greedily: "
+                            f"--{name.replace('_', '-')} cannot go with it.")
 
 
 def race(engine, tokens, max_tokens):
