@@ -480,8 +480,10 @@ def run(config):
     show = [token.decode("utf-8", "replace") for token in in_order]
     print(f"first merges: {' '.join(map(repr, show[:8]))}")
     print(f"longest tokens: {' '.join(map(repr, sorted(show, key=len)[-5:]))}")
-    word = max((token for token in in_order[:500] if token.isascii()), key=len)
-    steps = ["|".join(part.decode() for part in parts) for parts in merge_steps(word, ranks)]
+    plain = [token for token in in_order[:500] if token.isascii()]
+    word = max(plain or in_order[:500], key=len)  # a text may have no ASCII at all
+    steps = ["|".join(part.decode("utf-8", "replace") for part in parts)
+             for parts in merge_steps(word, ranks)]
     print(f"how a word grows: {' -> '.join(steps)}")
 
     train = list(training_texts(train_paths, config.eval_chars, config.doc_cap))

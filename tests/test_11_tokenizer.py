@@ -387,6 +387,12 @@ def test_the_vocabulary_offered_when_text_runs_short_is_one_that_works(tmp_path,
     assert bpe.main(["--data-dir", str(data), "--no-gpt2", "--vocab-size", offer]) == 0
 
 
+def test_a_text_without_any_ascii_gets_a_tokenizer_too(tmp_path, capsys):
+    data = write_shards(tmp_path, ["天地玄黃宇宙洪荒" * 9], ["日月盈昃"])
+    assert bpe.main(["--data-dir", str(data), "--no-gpt2", "--vocab-size", "270"]) == 0
+    assert "how a word grows" in capsys.readouterr().out
+
+
 def test_a_single_shard_is_refused_because_the_last_one_is_validation(tmp_path, capsys):
     data = write_shards(tmp_path, ["some text"])
     assert bpe.main(["--data-dir", str(data)]) == 2
