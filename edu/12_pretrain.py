@@ -1225,6 +1225,17 @@ def load_resume(folder, cfg, origin, free):
 # --- end shared ---
 
 
+def shards_fingerprint(paths):
+    """Of names, sizes and last 64 kB, where parquet lists its pieces: all of it would take long."""
+    facts = []
+    for path in paths:
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - 65536))
+            facts.append(f"{path.name} {size} {fingerprint(file.read())}")
+    return fingerprint("\n".join(facts).encode())
+
+
 # What a resumed run may change without becoming another run: how it is watched, not what it learns.
 FREE_ON_RESUME = {"data_dir", "resume", "max_minutes", "target_bpb", "log_every", "save_every",
                   "eval_every", "eval_tokens", "plot", "device_type"}
@@ -1240,9 +1251,17 @@ def check_settings(cfg, world_size):
             f"whole number of passes adds up to it: try --total-batch-size {max(tokens, 1)}.")
     if min(cfg.log_every, cfg.save_every, cfg.eval_every, cfg.eval_tokens) < 1:
         raise UserError("--log-every, --save-every, --eval-every and --eval-tokens count from 1.")
-    if cfg.num_iterations < 0 or (cfg.num_iterations == 0 and cfg.target_param_data_ratio <= 0):
+    if cfg.num_iterations < 0 or (cfg.num_iterations == 0 and
+                                  not 0 < cfg.target_param_data_ratio < math.inf):
         raise UserError(f"--num-iterations {cfg.num_iterations} with --target-param-data-ratio "
                         f"{cfg.target_param_data_ratio} asks for no training at all.")
+    if cfg.num_iterations and cfg.target_param_data_ratio != Config.target_param_data_ratio:
+        raise UserError(f"--num-iterations {cfg.num_iterations} sets the steps, so "
+                        f"--target-param-data-ratio {cfg.target_param_data_ratio:g} would do "
+                        "nothing: add --num-iterations 0.")
+    if not all(0 <= share <= 1 for share in (cfg.warmup_ratio, cfg.warmdown_ratio)):
+        raise UserError(f"--warmup-ratio {cfg.warmup_ratio:g} --warmdown-ratio "
+                        f"{cfg.warmdown_ratio:g}: shares of the run lie between 0 and 1.")
     for name, allowed in (("dtype", ("auto", "float32", "bfloat16")),
                           ("compile", ("auto", "on", "off"))):
         if getattr(cfg, name) not in allowed:
@@ -1250,11 +1269,24 @@ def check_settings(cfg, world_size):
     return cfg.total_batch_size // tokens
 
 
+def check_stage(cfg):
+    """Refuse a folder where something else lives: a base model would take its place for good."""
+    folder = cfg.data_dir / cfg.stage
+    if Path(cfg.stage).name != cfg.stage or cfg.stage in ("", ".."):
+        raise UserError(f"--stage {cfg.stage!r} must be the plain name of a folder: try base.")
+    with contextlib.suppress(OSError, ValueError):  # nothing here, or nothing that can be read
+        about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if "target_param_data_ratio" not in about.get("script", {}):  # a setting of ours alone
+            raise UserError(f"{folder} is another script's work, and this run would overwrite it: "
+                            "choose another --stage.")
+
+
 def train(cfg):
     """Pretrain as cfg says; returns {"step", "val_bpb", "ladder", "rows"} (rows: metrics.jsonl)."""
     ddp, rank, _, world_size, device = compute_init(cfg.device_type or None, cfg.seed)
     started = time.perf_counter()
     accumulation = check_settings(cfg, world_size)
+    check_stage(cfg)
     folder = cfg.data_dir / cfg.stage
     tokenizer = Tokenizer.from_dir(cfg.data_dir / "tokenizer")
     token_bytes = torch.tensor(tokenizer.token_bytes())
@@ -1271,7 +1303,8 @@ def train(cfg):
         1, int(cfg.target_param_data_ratio * num_params) // cfg.total_batch_size)
     flops = flops_per_token(model)
     peak = agree(measure_peak_flops(device, dtype), device, ddp)  # all ranks decide alike
-    origin = {"tokenizer": tokenizer.sha256[:12]}
+    shards, val_shards = (list_shards(cfg.data_dir, split) for split in ("train", "val"))
+    origin = {"tokenizer": tokenizer.sha256[:12], "shards": shards_fingerprint(shards + val_shards)}
     resumed = load_resume(folder, cfg, origin, FREE_ON_RESUME)
     compiled, why_compile = decide_compile(
         cfg, device, num_iterations * cfg.total_batch_size * flops / peak / world_size, resumed)
@@ -1290,11 +1323,10 @@ def train(cfg):
         torch.set_rng_state(resumed["rng"])
         first = resumed["step"]
         print0(f"resumed at step {first} of {num_iterations}")
-    shards = list_shards(cfg.data_dir)
     loader_state = resumed["loader"][rank] if resumed else None
     batches = tokenizing_data_loader(shards, tokenizer, cfg.device_batch_size, cfg.sequence_len,
                                      rank=rank, world_size=world_size, start=loader_state)
-    val_texts = parquet_texts(list_shards(cfg.data_dir, "val"))
+    val_texts = parquet_texts(val_shards)
     val_inputs, val_targets = validation_rows(val_texts, tokenizer, cfg.sequence_len)
     few = max(1, cfg.eval_tokens // cfg.sequence_len)
     some = torch.linspace(0, len(val_inputs) - 1, min(few, len(val_inputs))).long()
@@ -1410,7 +1442,7 @@ def train(cfg):
         for name in ("model.safetensors", "config.json", "resume.pt", "metrics.jsonl",
                      *(["loss.png"] if cfg.plot else [])):
             print(f"wrote {folder / name}")
-        print(f"trained {step} steps in {time.perf_counter() - loop_started:.0f} s, "
+        print(f"trained {step - first} steps in {time.perf_counter() - loop_started:.0f} s, "
               f"{time.perf_counter() - started:.0f} s in all")
         print(f"result: val bits per byte, bigram against model {ladder['bigram']:.3f} -> "
               f"{val_bpb:.3f} (n={val_bytes})")

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import sys
 
@@ -513,9 +514,14 @@ def test_max_minutes_ends_with_a_usable_checkpoint(world, capsys):
     ({"compile": "maybe"}, ["maybe", "auto"]),
     ({"save_every": 0}, ["count from 1"]),
     ({"num_iterations": -1}, ["-1"]),
+    ({"target_param_data_ratio": 40.0}, ["--num-iterations 6", "ratio 40", "--num-iterations 0"]),
+    ({"num_iterations": 0, "target_param_data_ratio": math.nan}, ["nan"]),
+    ({"warmdown_ratio": 50.0}, ["--warmdown-ratio 50", "between 0 and 1"]),
+    ({"stage": "../refused"}, ["--stage '../refused'", "plain name"]),
+    ({"stage": "."}, ["--stage '.'"]),
 ])
 def test_a_setting_that_cannot_work_is_refused_with_the_way_out(world, changes, words, capsys):
-    assert pretrain.main(flags_of(settings(world, "refused", **changes))) == 2
+    assert pretrain.main(flags_of(settings(world, **{"stage": "refused", **changes}))) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and all(word in error for word in words), error
     assert not (world / "refused").exists(), "nothing may be written"
@@ -542,6 +548,30 @@ def test_resuming_with_another_tokenizer_is_refused_naming_both(world, tmp_path,
     error = capsys.readouterr().err
     for folder in (world, tmp_path):
         assert pretrain.Tokenizer.from_dir(folder / "tokenizer").sha256[:12] in error
+
+
+def test_resuming_on_other_shards_is_refused_since_it_would_be_neither_run(
+        world, tmp_path, capsys):
+    shutil.copytree(world / "tokenizer", tmp_path / "tokenizer")
+    for path in world.glob("shard_*"):
+        shutil.copy(path, tmp_path)
+    pretrain.train(settings(tmp_path, "mine"))
+    cfg = settings(tmp_path, "mine", resume=True)
+    assert pretrain.main(flags_of(cfg)) == 0  # the same shards: nothing to say
+    shutil.copy(tmp_path / "shard_00002.parquet", tmp_path / "shard_00000.parquet")
+    assert pretrain.main(flags_of(cfg)) == 2
+    assert "belongs to another run (now -> then): shards " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stage", ["tokenizer", "sft"])
+def test_what_another_script_made_is_not_overwritten(world, stage, capsys):
+    config = world / stage / "config.json"
+    if stage == "sft":
+        config.parent.mkdir()
+        config.write_text('{"model": {}, "script": {"source": "base"}}', "utf-8")
+    before = config.read_bytes()
+    assert pretrain.main(flags_of(settings(world, stage))) == 2
+    assert "another script's work" in capsys.readouterr().err and config.read_bytes() == before
 
 
 def test_a_damaged_resume_file_is_refused_and_kept(world, capsys):
