@@ -156,7 +156,7 @@ def train(model, train_data, val_data, steps, batch_size, lr):
         if step % math.ceil(steps / 10) == 0 or step == steps:
             on_train, on_val = (mean_loss(model, part[:5000]) for part in (train_data, val_data))
             if step == 0:
-                before = on_val
+                before = mean_loss(model, val_data)
             print(f"{step:>6} {on_train:>8.4f} {on_val:>8.4f}", flush=True)
             if not math.isfinite(on_train):
                 give_up(f"the loss is {on_train}: updates overshoot; use less than --lr {lr:g}")
@@ -247,6 +247,9 @@ def read_flags(argv):
     add("--save", metavar="FILE", help="write the trained model here")
     add("--load", metavar="FILE", help="reply with a saved model; nothing is trained or saved")
     args = parser.parse_args(argv)
+    for flag in ("data", "save", "load"):
+        if getattr(args, flag) == "":  # as from an unset variable of the shell
+            give_up(f"--{flag} is empty: name a file")
     for flag in ("data", "model", "steps", "lr", "batch_size", "val_fraction", "save"):
         if args.load and getattr(args, flag) != parser.get_default(flag):
             give_up(f"--load does not train, so --{flag.replace('_', '-')} cannot go with it")
@@ -312,4 +315,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr)
+        sys.exit(130)

@@ -4,8 +4,10 @@ import ast
 import io
 import math
 import os
+import random
 import re
 import resource
+import runpy
 import sys
 
 import pytest
@@ -223,6 +225,30 @@ def test_the_flags_change_what_they_name(chat):
     assert log_rows(out_with[0.01])[-1][1] > log_rows(out_with[0.1])[-1][1]
 
 
+def test_before_and_after_are_measured_on_the_same_held_out_text(chat, tmp_path):
+    """The table of steps looks at 5000 characters; the result is about all of them, twice."""
+    rng = random.Random(1)
+    file = tmp_path / "text.txt"
+    train = "".join(rng.choice("ab") for _ in range(6000))
+    file.write_text(train + "a" * 5000 + "b" * 1000, "utf-8")
+    _, out, _ = chat("--data", file, "--val-fraction", 0.5, "--prompt", "a", "--steps", 1,
+                     "--lr", 1e-9)
+    before, after, n = re.search(r"result: val loss (\S+) -> (\S+) \(n=(\d+)\)", out).groups()
+    assert before == after and n == "5999"
+
+
+def test_ctrl_c_is_one_line_without_a_traceback(monkeypatch, capsys):
+    def press(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", [tiny.__file__])
+    monkeypatch.setattr(torch, "randint", press)
+    with pytest.raises((SystemExit, KeyboardInterrupt)) as ended:  # the latter would end pytest
+        runpy.run_path(tiny.__file__, run_name="__main__")
+    assert ended.type is SystemExit and ended.value.code == 130
+    assert capsys.readouterr().err == "stopped by Ctrl-C\n"
+
+
 def test_the_held_out_end_is_never_trained_on(chat, tmp_path):
     text = PARTS * 30
     file = tmp_path / "chat.txt"
@@ -389,6 +415,9 @@ def test_a_file_that_cannot_be_learned_is_one_message_and_exit_code_2(chat, tmp_
         (["--val-fraction", "2"], "too few"),
         (["--model", "rnn"], "rnn"),
         (["--load", "no.pt"], "no.pt"),
+        (["--load", ""], "--load is empty"),
+        (["--data", ""], "--data is empty"),
+        (["--save", ""], "--save is empty"),
         (["--load", "no.pt", "--steps", "3"], "--steps cannot go with it"),
         (["--load", "no.pt", "--model", "transformer"], "--model cannot go with it"),
         (["--load", "no.pt", "--save", "new.pt"], "--save cannot go with it"),
