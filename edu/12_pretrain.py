@@ -1378,8 +1378,8 @@ def train(cfg):
             loss, grad_norm = train_step(micro_batches, lr_scale, momentum)
             if not (math.isfinite(loss) and math.isfinite(grad_norm)):
                 failure = (f"loss {loss} and gradient norm {grad_norm} at step {step}: the run has "
-                           "diverged (the weights of this step were not touched).\n  What was saved "
-                           f"before stays in {folder}. Lower the learning rates, for example "
+                           "diverged (the weights of this step were not touched).\n  What was "
+                           f"saved before stays in {folder}. Lower the learning rates, for example "
                            f"--matrix-lr {cfg.matrix_lr / 2:g}, or check the data.")
                 break
             step += 1

@@ -294,8 +294,7 @@ def learn(args):
         f"result: val loss {before:.2f} -> {after[1]:.2f} (n={len(val_data) - 1})")
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = read_flags(argv)
+def run(args):
     torch.set_num_threads(1)  # matrices this small: two threads only wait for each other
     torch.manual_seed(args.seed)
     if args.load:
@@ -314,9 +313,13 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-if __name__ == "__main__":
+def main(argv: list[str] | None = None) -> int:
     try:
-        sys.exit(main())
+        return run(read_flags(argv))
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
-        sys.exit(130)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
