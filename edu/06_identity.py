@@ -878,7 +878,8 @@ def retry_after(headers):
 class PaidFile:
     """Every answer that was paid for, one JSON line each, on disk before the next is awaited.
 
-    {"index", "tokens", "messages"} of what was kept, {"index", "tokens", "rejected"} of the rest.
+    {"index", "tokens", "name", "messages"} of what was kept, "rejected" for the messages of the
+    rest; name is the persona's.
     my_identity.jsonl is made from it; the template teacher, which rewrites that, leaves this alone.
     """
 
@@ -959,6 +960,8 @@ def recall(paid, persona, collection, tally):
             tally.rejected[record["rejected"]] += 1
             continue
         try:
+            if record.get("name", persona.name) != persona.name:  # "Ask Pip!" would pass as valid
+                raise Rejected("another persona", record["name"])
             conversation = {"messages": record.get("messages")}
             validate_conversation(conversation, persona)
             collection.add(conversation)
@@ -1035,7 +1038,7 @@ def ask_teacher(teacher, config, persona, collection, tally, paid):
                     tally.count(tokens)
                     outcome = {"rejected": error.reason, "seen": str(error)} if error else {
                         "messages": conversation["messages"]}
-                    paid.append({"index": index, "tokens": tokens, **outcome})
+                    paid.append({"index": index, "tokens": tokens, "name": persona.name, **outcome})
                     if not error:
                         useless = 0
                         bar.update()
