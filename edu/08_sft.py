@@ -1497,6 +1497,9 @@ def check_sft_settings(cfg, world_size):
     if not 0 <= cfg.calculator_share <= 1 or not 0 <= cfg.warmup_ratio < 1:
         raise UserError(f"--calculator-share {cfg.calculator_share} and --warmup-ratio "
                         f"{cfg.warmup_ratio} are shares: 0 to 1.")
+    if (cfg.data_dir / cfg.stage).resolve() == (cfg.data_dir / cfg.source).resolve():
+        raise UserError(f"--stage {cfg.stage} is the model to start from, and would be "
+                        "overwritten: give --stage another name.")
 
 
 def training_rows(cfg, tokenizer, max_tokens):
@@ -1535,15 +1538,17 @@ def validation_loss(model, rows, batch_size, dtype):
     return loss
 
 
-# What a resumed run may change without becoming another run.
-FREE_IN_SFT = {"data_dir", "resume", "eval_every", "eval_rows", "eval_prompts", "sample_every",
-                  "log_every", "save_every", "plot", "device_type", "device_batch_size"}
+# What a resumed run may change without becoming another run. Not what it is measured with: the best
+# loss and the table would compare two things.
+FREE_IN_SFT = {"data_dir", "resume", "eval_every", "sample_every", "log_every", "save_every",
+               "plot", "device_type", "device_batch_size"}
 
 
-def sft_origin(rows, tokenizer, source):
-    """What the run is made from, besides its settings: {what: fingerprint}."""
+def sft_origin(rows, held_out, tokenizer, source):
+    """What the run is made from and measured with, besides its settings: {what: fingerprint}."""
     return {"tokenizer": tokenizer.sha256[:12],
             "conversations": fingerprint(json.dumps(rows).encode()),
+            "held_out": fingerprint(json.dumps(held_out).encode()),
             "source_model": fingerprint((source / "model.safetensors").read_bytes())}
 
 
@@ -1599,9 +1604,9 @@ def train(cfg):
     optimizers, engine = build_optimizers(model, cfg, dtype), Engine(model, tokenizer)
 
     # 2. what it can do before, and where an interrupted run had come to
-    origin = sft_origin(rows, tokenizer, cfg.data_dir / cfg.source)
+    kinds = held_out_prompts(cfg.data_dir, cfg.eval_prompts)
+    origin = sft_origin(rows, [val_rows, kinds], tokenizer, cfg.data_dir / cfg.source)
     resumed = load_resume(folder, cfg, origin, FREE_IN_SFT)
-    kinds = held_out_prompts(cfg.data_dir, cfg.eval_prompts) if rank == 0 else {}
     before, first, best = {}, 0, (math.inf, 0)
     if resumed:
         model.load_state_dict(resumed["model"])
@@ -1611,8 +1616,8 @@ def train(cfg):
         before = {what: tuple(row) for what, row in resumed["before"].items()}
         print0(f"resumed at step {first} of {len(steps)}")
     else:
-        before = measure_answers(engine, kinds) if kinds else {}
         if rank == 0:
+            before = measure_answers(engine, kinds) if kinds else {}
             shutil.rmtree(folder / "best", ignore_errors=True)  # of another run
 
     def save(step, val_loss):

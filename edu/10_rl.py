@@ -1765,6 +1765,9 @@ def train(cfg):
     stage = cfg.stage or ("rl_hackable" if cfg.reward == "hackable" else
                           "rl_ten" if cfg.ten_questions else "rl")
     folder = cfg.data_dir / stage
+    if folder.resolve() == (cfg.data_dir / cfg.source).resolve():
+        raise UserError(f"--stage {stage} is the model to start from, and would be overwritten: "
+                        "give --stage another name.")
 
     # the model, the problems, and what it can do before
     tokenizer = Tokenizer.from_dir(cfg.data_dir / "tokenizer")
@@ -1787,7 +1790,9 @@ def train(cfg):
     origin = {"tokenizer": tokenizer.sha256[:12],
               "source_model": fingerprint(
                   (cfg.data_dir / cfg.source / "model.safetensors").read_bytes()),
-              "problems": fingerprint(json.dumps([task.get_example(i) for i in numbers]).encode())}
+              **{name: fingerprint(json.dumps([of.get_example(i) for i in some]).encode())
+                 for name, of, some in (("problems", task, numbers),
+                                        ("held_out", held_out, test_numbers))}}
     resumed = load_resume(folder, cfg, origin, FREE_IN_RL)
     first, minutes_before = 0, 0.0
     if resumed:

@@ -1742,12 +1742,15 @@ def check_mid_settings(cfg, sequence_len, world_size):
         raise UserError("weights and counts cannot be negative.")
     if not 0 <= cfg.warmdown_ratio <= 1:
         raise UserError(f"--warmdown-ratio {cfg.warmdown_ratio} is a share: 0 to 1.")
+    if (cfg.data_dir / cfg.stage).resolve() == (cfg.data_dir / cfg.source).resolve():
+        raise UserError(f"--stage {cfg.stage} is the model to start from, and would be "
+                        "overwritten: give --stage another name.")
     return cfg.total_batch_size // tokens
 
 
-# What a resumed run may change without becoming another run.
-FREE_IN_MID = {"data_dir", "resume", "eval_questions", "log_every", "save_every", "plot",
-               "device_type"}
+# What a resumed run may change without becoming another run. Not the questions: those before and
+# after must be the same.
+FREE_IN_MID = {"data_dir", "resume", "log_every", "save_every", "plot", "device_type"}
 
 
 def train(cfg):
@@ -1781,12 +1784,13 @@ def train(cfg):
     train_step = TrainStep(model, optimizers, dtype, world_size=world_size)
 
     # 2. what it can do before, and where an interrupted run had come to
+    held_out = held_out_data(cfg.data_dir, cfg.eval_questions, cfg.seed)
     origin = {"tokenizer": tokenizer.sha256[:12], "mixture": fingerprint(stream.numpy().tobytes()),
+              "held_out": fingerprint(json.dumps(dataclasses.asdict(held_out)).encode()),
               "source_model": fingerprint(
                   (cfg.data_dir / cfg.source / "model.safetensors").read_bytes())}
     resumed = load_resume(folder, cfg, origin, FREE_IN_MID)
     measuring = rank == 0 and cfg.eval_questions > 0
-    held_out = held_out_data(cfg.data_dir, cfg.eval_questions, cfg.seed) if measuring else None
     before, first = {}, 0
     if resumed:
         model.load_state_dict(resumed["model"])
@@ -1849,8 +1853,7 @@ def train(cfg):
     elif rank == 0:
         # 5. what it can do now
         after = measure_form(engine, held_out) if measuring else {}
-        done["table"] = {what: (n, before.get(what, (n, math.nan))[1], now)
-                         for what, (n, now) in after.items()}
+        done["table"] = {what: (n, before[what][1], now) for what, (n, now) in after.items()}
         save_checkpoint(folder, model, tokenizer, step, {
             what: {"n": n, "before": was, "after": now}
             for what, (n, was, now) in done["table"].items()}, cfg)

@@ -297,6 +297,15 @@ def test_another_run_is_not_resumed_by_mistake(world, tmp_path):
     with pytest.raises(sft.UserError, match="conversations [0-9a-f]{12} -> [0-9a-f]{12}"):
         sft.train(again)
     chats.write_text(before, encoding="utf-8")
+    # nor one that would be measured with other questions: best and before are of the first ones
+    with pytest.raises(sft.UserError, match="eval_rows 3 -> 4, eval_prompts 2 -> 0, held_out"):
+        sft.train(dataclasses.replace(again, eval_rows=3, eval_prompts=2))
+    test = tmp_path / "tiny_chat_test.jsonl"
+    kept = test.read_text(encoding="utf-8")
+    test.write_text(kept.replace("Please", "Now"), encoding="utf-8")
+    with pytest.raises(sft.UserError, match="held_out [0-9a-f]{12} -> [0-9a-f]{12}"):
+        sft.train(again)
+    test.write_text(kept, encoding="utf-8")
     save_file({name: weight * 1.001 for name, weight in load_file(base).items()}, base)
     with pytest.raises(sft.UserError, match="source_model [0-9a-f]{12} -> [0-9a-f]{12}"):
         sft.train(again)
@@ -364,6 +373,13 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_checkpoint(world, 
     with pytest.raises(sft.TrainingFailed, match="diverged.*\n.*--matrix-lr"):
         sft.train(settings(world, "diverges", num_epochs=0.1))
     assert all(torch.equal(before[n], w) for n, w in weights(world / "diverges").items())
+
+
+def test_the_model_that_a_run_starts_from_is_never_overwritten(world):
+    before = weights(world / "base")
+    with pytest.raises(sft.UserError, match="would be overwritten"):
+        sft.train(settings(world, "sft/../base"))
+    assert all(torch.equal(before[n], w) for n, w in weights(world / "base").items())
 
 
 @pytest.mark.parametrize("flags, words", [
