@@ -2057,13 +2057,25 @@ def known_evaluation(path, origin):
         return None
 
 
+# What may differ between the scores of one eval.json: each of them has its own n.
+HOW_MANY = {"tasks", "bpb_tokens", "max_per_task", "chat_per_task"}
+
+
 def scores_of_the_same(path, origin):
-    """What eval.json says of these weights: a run of some tasks leaves the other scores there."""
+    """What eval.json says of these weights: a run of some tasks leaves the other scores there.
+
+    Unless they were found in another way, by another script, temperature or test file.
+    """
+    def way(made_from):
+        settings = made_from["settings"].items()
+        return {**made_from, "questions": None,
+                "settings": {name: value for name, value in settings if name not in HOW_MANY}}
+
     try:
         known = json.loads(path.read_text(encoding="utf-8"))
-        same = known["made_from"]["weights"] == origin["weights"]
-        return dict(known["scores"]) if same else {}
-    except (OSError, ValueError, KeyError, TypeError):
+        then, now = way(known["made_from"]), way(origin)
+        return dict(known["scores"]) if all(then[k] == now[k] for k in {*then} & {*now}) else {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
 
 
@@ -2092,7 +2104,8 @@ def print_scores(found):
     """The table: score by stage, each with its 95% interval."""
     print(f"{'score':<22} {'n':>7} {'chance':>7}" + "".join(f"  {stage:>18}" for stage in found))
     for name, first in next(iter(found.values()))["scores"].items():
-        if not all(name in stage["scores"] for stage in found.values()):
+        # nor is there one n for stages that an earlier run has asked more or less
+        if {stage["scores"].get(name, {}).get("n") for stage in found.values()} != {first["n"]}:
             continue
         line = f"{name:<22} {first['n']:>7} {first['chance']:>7.3f}"
         for stage in found.values():
@@ -2142,7 +2155,8 @@ def run(cfg):
     # 3. side by side
     print_scores(found)
     first, last = next(iter(found.values())), list(found.values())[-1]
-    both = [name for name in last["scores"] if name in first["scores"]]
+    both = [name for name, score in last["scores"].items()
+            if first["scores"].get(name, {}).get("n") == score["n"]]
     name = next((name for name in ("ChatCORE", "CORE", "bits per byte, val") if name in both),
                 both[0])
     of = f"{first['stage']} against {last['stage']}" if len(found) > 1 else f"{last['stage']}"
