@@ -1402,7 +1402,8 @@ def command_save(chat, rest):
     path, lines = Path(os.path.expanduser(rest)), []
     if os.path.exists(path):  # unlike Path.exists, no exception for any name that one can type
         last = read_conversations(path)[-1]  # refuses a file that holds anything else
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # not splitlines, as in there; and by the same count, so that /load finds the line
+        lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
         if last == {"messages": chat.messages[: len(last["messages"])]}:
             lines.pop()
     lines.append(json.dumps({"messages": chat.messages}))
