@@ -366,7 +366,8 @@ def assistant_text(messages):
             for part in [{"type": "text", "text": parts}] if isinstance(parts, str) else parts:
                 text += around[part["type"]].format(part["text"])
             text += "<|assistant_end|>"
-    return text
+    # half of an emoji, which JSON can spell and UTF-8 cannot, is U+FFFD to the tokenizer
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def print_row(ids, mask, tokenizer, colour):
