@@ -887,6 +887,7 @@ def load_checkpoint(folder, tokenizer, device):
     Raises UserError when the folder holds no checkpoint or the tokenizer is another one: its ids
     would mean other words, and the model would write plausible rubbish.
     """
+    script = {"mid": "13_midtrain", "sft": "08_sft", "rl": "10_rl"}.get(folder.name, "12_pretrain")
     try:
         about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         weights = load_file(folder / "model.safetensors")
@@ -894,11 +895,11 @@ def load_checkpoint(folder, tokenizer, device):
         model.load_state_dict(weights, strict=True)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{folder} holds no checkpoint that can be read ({error}).\n"
-                        "  Train one: python edu/12_pretrain.py") from error
+                        f"  Train one: python edu/{script}.py") from error
     if trained_with != tokenizer.sha256:
         raise UserError(
             f"{folder} was trained with another tokenizer: {trained_with[:12]} there, "
-            f"{tokenizer.sha256[:12]} here.\n  Train it again: python edu/12_pretrain.py")
+            f"{tokenizer.sha256[:12]} here.\n  Train it again: python edu/{script}.py")
     return model.to(device).eval(), about
 # --- end shared ---
 
@@ -1487,7 +1488,7 @@ def measure_answers(engine, kinds):
 
 def check_sft_settings(cfg, world_size):
     if min(cfg.device_batch_size, cfg.rows_per_step, cfg.eval_every, cfg.eval_rows, cfg.log_every,
-           cfg.save_every, cfg.sample_every) < 1 or cfg.num_epochs <= 0:
+           cfg.save_every, cfg.sample_every) < 1 or not 0 < cfg.num_epochs < math.inf:
         raise UserError("batch sizes, --num-epochs and all that is done every N steps start at 1.")
     if cfg.rows_per_step % world_size:
         raise UserError(f"--rows-per-step {cfg.rows_per_step} cannot be shared by {world_size} "

@@ -881,6 +881,7 @@ def load_checkpoint(folder, tokenizer, device):
     Raises UserError when the folder holds no checkpoint or the tokenizer is another one: its ids
     would mean other words, and the model would write plausible rubbish.
     """
+    script = {"mid": "13_midtrain", "sft": "08_sft", "rl": "10_rl"}.get(folder.name, "12_pretrain")
     try:
         about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         weights = load_file(folder / "model.safetensors")
@@ -888,11 +889,11 @@ def load_checkpoint(folder, tokenizer, device):
         model.load_state_dict(weights, strict=True)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{folder} holds no checkpoint that can be read ({error}).\n"
-                        "  Train one: python edu/12_pretrain.py") from error
+                        f"  Train one: python edu/{script}.py") from error
     if trained_with != tokenizer.sha256:
         raise UserError(
             f"{folder} was trained with another tokenizer: {trained_with[:12]} there, "
-            f"{tokenizer.sha256[:12]} here.\n  Train it again: python edu/12_pretrain.py")
+            f"{tokenizer.sha256[:12]} here.\n  Train it again: python edu/{script}.py")
     return model.to(device).eval(), about
 # --- end shared ---
 
@@ -1735,11 +1736,13 @@ def check_mid_settings(cfg, sequence_len, world_size):
             f"--total-batch-size {cfg.total_batch_size} is not a multiple of {tokens} = "
             f"{cfg.device_batch_size} rows x {sequence_len} tokens x {world_size} ranks: try "
             f"--total-batch-size {max(tokens, 1)}.")
-    if min(cfg.log_every, cfg.save_every) < 1 or cfg.num_iterations < 0 or cfg.num_epochs <= 0:
+    if (min(cfg.log_every, cfg.save_every) < 1 or cfg.num_iterations < 0
+            or not 0 < cfg.num_epochs < math.inf):
         raise UserError("--log-every and --save-every count from 1, --num-iterations from 0, and "
-                        "--num-epochs must be above 0.")
-    if min(cfg.chats, cfg.problems, cfg.choices, cfg.spelling, cfg.eval_questions) < 0:
-        raise UserError("weights and counts cannot be negative.")
+                        "--num-epochs must be a number above 0.")
+    weights = (cfg.chats, cfg.problems, cfg.choices, cfg.spelling)
+    if cfg.eval_questions < 0 or not all(0 <= weight < math.inf for weight in weights):
+        raise UserError("weights and counts cannot be negative, and weights must be numbers.")
     if not 0 <= cfg.warmdown_ratio <= 1:
         raise UserError(f"--warmdown-ratio {cfg.warmdown_ratio} is a share: 0 to 1.")
     if (cfg.data_dir / cfg.stage).resolve() == (cfg.data_dir / cfg.source).resolve():

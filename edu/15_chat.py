@@ -850,6 +850,7 @@ def load_checkpoint(folder, tokenizer, device):
     Raises UserError when the folder holds no checkpoint or the tokenizer is another one: its ids
     would mean other words, and the model would write plausible rubbish.
     """
+    script = {"mid": "13_midtrain", "sft": "08_sft", "rl": "10_rl"}.get(folder.name, "12_pretrain")
     try:
         about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         weights = load_file(folder / "model.safetensors")
@@ -857,11 +858,11 @@ def load_checkpoint(folder, tokenizer, device):
         model.load_state_dict(weights, strict=True)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{folder} holds no checkpoint that can be read ({error}).\n"
-                        "  Train one: python edu/12_pretrain.py") from error
+                        f"  Train one: python edu/{script}.py") from error
     if trained_with != tokenizer.sha256:
         raise UserError(
             f"{folder} was trained with another tokenizer: {trained_with[:12]} there, "
-            f"{tokenizer.sha256[:12]} here.\n  Train it again: python edu/12_pretrain.py")
+            f"{tokenizer.sha256[:12]} here.\n  Train it again: python edu/{script}.py")
     return model.to(device).eval(), about
 # --- end shared ---
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import random
 import re
 import shutil
@@ -373,6 +374,12 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_checkpoint(world, 
     with pytest.raises(sft.TrainingFailed, match="diverged.*\n.*--matrix-lr"):
         sft.train(settings(world, "diverges", num_epochs=0.1))
     assert all(torch.equal(before[n], w) for n, w in weights(world / "diverges").items())
+
+
+@pytest.mark.parametrize("epochs", [0.0, math.inf, math.nan])
+def test_a_number_of_epochs_that_no_run_can_have_is_refused(world, epochs):
+    with pytest.raises(sft.UserError, match="--num-epochs"):
+        sft.train(settings(world, "never", num_epochs=epochs))
 
 
 def test_the_model_that_a_run_starts_from_is_never_overwritten(world):

@@ -364,6 +364,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_checkpoint(world, 
     (("--mix", "chats=x.jsonl"), "take another"), (("--chats", "-1"), "negative"),
     (("--chats", "0", "--problems", "0", "--choices", "0", "--spelling", "0"), "00_tiny_world.py"),
     (("--warmdown-ratio", "2"), "share"), (("--num-epochs", "0"), "above 0"),
+    (("--num-epochs", "inf"), "a number above 0"), (("--chats", "nan"), "must be numbers"),
     (("--stage", "./base"), "would be overwritten")])
 def test_a_mistake_is_one_message(world, capsys, flags, words):
     small = ("--total-batch-size", "768")

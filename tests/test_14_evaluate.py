@@ -884,6 +884,14 @@ def test_scores_that_were_found_in_another_way_do_not_stay_beside_new_ones(copie
         assert "CORE" in scores and "ChatCORE" not in scores
 
 
+def test_where_nothing_can_be_asked_nothing_is_written(copied, capsys):
+    for name in ("tiny_chat_test.jsonl", "tiny_gsm_test.jsonl"):
+        (copied / name).unlink()
+    assert ev.main(["--data-dir", str(copied), "--compare", "base", "--tasks", "chat"]) == 2
+    assert "there is nothing to ask: --tasks chat" in capsys.readouterr().err
+    assert not (copied / "base" / "eval.json").exists()
+
+
 def test_no_row_and_no_result_compares_scores_of_different_n(world, copied, capsys):
     shutil.copytree(world / "sft", copied / "sft", ignore=shutil.ignore_patterns("eval.json"))
     flags = ["--data-dir", str(copied), "--max-new-tokens", "4", "--bpb-tokens", "64"]
