@@ -200,11 +200,13 @@ def test_it_learns_to_answer_and_to_stop_and_says_so(world, capsys):
     cfg = settings(world, "learns", num_epochs=25, eval_every=50, save_every=1000, log_every=50,
                    eval_prompts=10, plot=True)
     done = sft.train(cfg)
+    out = capsys.readouterr().out
+    assert out.endswith("next: python edu/10_rl.py --source learns\n")  # not sft
     assert done["table"]["facts"][1] == 0 and done["table"]["facts"][2] >= 0.8
     assert done["table"]["identity"] == (1, 0.0, 1.0)
     assert done["table"]["replies that stop"][2] == 1.0
     assert done["rows"][0]["loss"] > 5 * done["rows"][-1]["loss"]
-    out, folder = capsys.readouterr().out, world / "learns"
+    folder = world / "learns"
     for name in re.findall(r"^wrote (\S+)", out, re.MULTILINE):
         assert (world / name).stat().st_size > 0
     assert {"best/model.safetensors", "loss.png"} <= {str(p.relative_to(folder))

@@ -484,6 +484,21 @@ def test_a_budget_in_minutes_counts_what_ran_before_the_resume(world, capsys):
     assert "--max-minutes 59 is over at step 1" in capsys.readouterr().out
 
 
+def test_ctrl_c_in_the_last_look_costs_no_step(world, monkeypatch):
+    looks = iter([(0.5, 0.0)])
+
+    def look(*_):
+        try:
+            return next(looks)
+        except StopIteration:
+            raise KeyboardInterrupt from None
+
+    monkeypatch.setattr(rl, "greedy_accuracy", look)
+    with pytest.raises(KeyboardInterrupt):
+        rl.train(settings(world, "looked", num_steps=3))
+    assert torch.load(world / "looked" / "resume.pt", weights_only=True)["step"] == 3
+
+
 def test_it_refuses_to_start_where_nothing_succeeds_and_says_why(world, capsys):
     path = world / "impossible.jsonl"
     path.write_text("".join(json.dumps({"question": f"Problem {i}", "answer": "#### 99"}) + "\n"
