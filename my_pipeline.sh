@@ -26,11 +26,13 @@ HELP
 }
 
 # ---- the map -------------------------------------------------------------------------------------
-# stage NAME SCRIPT [reads FILES] [writes FILES] [resumes FILE] [mirrors FOLDER] [flags ...]
+# stage NAME SCRIPT [reads FILES] [writes FILES] [resumes FILE] [mirrors FOLDER] [fresh FLAG]
+#       [flags ...]
 #   reads, writes   what the stage is made from and makes, in the data folder; a stage that writes
 #                   nothing always runs
 #   resumes FILE    a run that was stopped goes on with --resume when it has left FILE
 #   mirrors FOLDER  outputs that are not byte for byte those of FOLDER are stale: removed first
+#   fresh FLAG      what FRESH=1 adds, for a script that knows by itself what is up to date
 #   flags           @served@ becomes http://127.0.0.1:PORT, where the data folder is served
 
 life_cycle() {
@@ -63,7 +65,7 @@ life_cycle() {
     stage compare   05_engine.py        flags --compare base sft rl
     stage evaluate  14_evaluate.py      reads 'shard_*.parquet' 'tokenizer/*' 'tiny_*.jsonl' \
         'tiny_eval/*' {base,sft,rl}/model.safetensors writes {base,sft,rl}/eval.json \
-                                        flags --compare base,sft,rl
+                                        fresh --fresh flags --compare base,sft,rl
     # it reads all there is and takes seconds, so it runs each time
     stage report    17_report.py        flags --stages base sft rl
     in_background table "${stages[@]}"
@@ -206,7 +208,7 @@ from pathlib import Path
 
 data, root = Path(os.environ["EDU_DATA"]), Path.cwd()
 memory = data / ".pipeline"  # one file per stage that has finished, one per stage that has begun
-KEYWORDS = ("reads", "writes", "resumes", "mirrors", "flags")
+KEYWORDS = ("reads", "writes", "resumes", "mirrors", "fresh", "flags")
 
 
 def fail(message, code=2):
@@ -272,7 +274,7 @@ def run_stage(name, script, *words):
         print(f"\n== {name}: up to date ({before['row']['seconds']:.0f} s when it ran)")
         return 0
 
-    flags = list(plan["flags"])
+    flags = plan["flags"] + (plan["fresh"] if fresh else [])
     saved = files(plan["resumes"])
     if not fresh and saved and made_from == read_json(begun).get("made_from"):
         # only what this very run has saved since it began, not a finished run's last state

@@ -106,17 +106,23 @@ def run_script(run, config_class, argv, description):
     """Turn argv into a config_class, call run(config), and return the exit code.
 
     0 or whatever run returns; 2 for a UserError, shown as one message without a traceback;
-    130 for Ctrl-C. tyro itself exits with 2 on a flag it does not know.
+    130 for Ctrl-C; 141 when nobody reads on. tyro itself exits with 2 on a flag it does not know.
     """
     config = tyro.cli(config_class, args=argv, description=description)
     try:
-        return run(config) or 0
+        code = run(config) or 0
+        sys.stdout.flush()  # here, where a reader that has gone can still be met
+        return code
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader has enough, as `head` has after its lines
+        # what is still to be printed goes nowhere: else Python would complain of it at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
 # --- end shared ---
 
 
@@ -885,6 +891,7 @@ def load_checkpoint(folder, tokenizer, device):
     Raises UserError when the folder holds no checkpoint or the tokenizer is another one: its ids
     would mean other words, and the model would write plausible rubbish.
     """
+    script = {"mid": "13_midtrain", "sft": "08_sft", "rl": "10_rl"}.get(folder.name, "12_pretrain")
     try:
         about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         weights = load_file(folder / "model.safetensors")
@@ -892,11 +899,11 @@ def load_checkpoint(folder, tokenizer, device):
         model.load_state_dict(weights, strict=True)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{folder} holds no checkpoint that can be read ({error}).\n"
-                        "  Train one: python edu/12_pretrain.py") from error
+                        f"  Train one: python edu/{script}.py") from error
     if trained_with != tokenizer.sha256:
         raise UserError(
             f"{folder} was trained with another tokenizer: {trained_with[:12]} there, "
-            f"{tokenizer.sha256[:12]} here.\n  Train it again: python edu/12_pretrain.py")
+            f"{tokenizer.sha256[:12]} here.\n  Train it again: python edu/{script}.py")
     return model.to(device).eval(), about
 # --- end shared ---
 

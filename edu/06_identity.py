@@ -126,17 +126,23 @@ def run_script(run, config_class, argv, description):
     """Turn argv into a config_class, call run(config), and return the exit code.
 
     0 or whatever run returns; 2 for a UserError, shown as one message without a traceback;
-    130 for Ctrl-C. tyro itself exits with 2 on a flag it does not know.
+    130 for Ctrl-C; 141 when nobody reads on. tyro itself exits with 2 on a flag it does not know.
     """
     config = tyro.cli(config_class, args=argv, description=description)
     try:
-        return run(config) or 0
+        code = run(config) or 0
+        sys.stdout.flush()  # here, where a reader that has gone can still be met
+        return code
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader has enough, as `head` has after its lines
+        # what is still to be printed goes nowhere: else Python would complain of it at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
 # --- end shared ---
 
 
@@ -878,7 +884,8 @@ def retry_after(headers):
 class PaidFile:
     """Every answer that was paid for, one JSON line each, on disk before the next is awaited.
 
-    {"index", "tokens", "messages"} of what was kept, {"index", "tokens", "rejected"} of the rest.
+    {"index", "tokens", "name", "messages"} of what was kept, "rejected" for the messages of the
+    rest; name is the persona's.
     my_identity.jsonl is made from it; the template teacher, which rewrites that, leaves this alone.
     """
 
@@ -959,6 +966,8 @@ def recall(paid, persona, collection, tally):
             tally.rejected[record["rejected"]] += 1
             continue
         try:
+            if record.get("name", persona.name) != persona.name:  # "Ask Pip!" would pass as valid
+                raise Rejected("another persona", record["name"])
             conversation = {"messages": record.get("messages")}
             validate_conversation(conversation, persona)
             collection.add(conversation)
@@ -1035,7 +1044,7 @@ def ask_teacher(teacher, config, persona, collection, tally, paid):
                     tally.count(tokens)
                     outcome = {"rejected": error.reason, "seen": str(error)} if error else {
                         "messages": conversation["messages"]}
-                    paid.append({"index": index, "tokens": tokens, **outcome})
+                    paid.append({"index": index, "tokens": tokens, "name": persona.name, **outcome})
                     if not error:
                         useless = 0
                         bar.update()

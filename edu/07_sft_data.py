@@ -91,17 +91,23 @@ def run_script(run, config_class, argv, description):
     """Turn argv into a config_class, call run(config), and return the exit code.
 
     0 or whatever run returns; 2 for a UserError, shown as one message without a traceback;
-    130 for Ctrl-C. tyro itself exits with 2 on a flag it does not know.
+    130 for Ctrl-C; 141 when nobody reads on. tyro itself exits with 2 on a flag it does not know.
     """
     config = tyro.cli(config_class, args=argv, description=description)
     try:
-        return run(config) or 0
+        code = run(config) or 0
+        sys.stdout.flush()  # here, where a reader that has gone can still be met
+        return code
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader has enough, as `head` has after its lines
+        # what is still to be printed goes nowhere: else Python would complain of it at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
 # --- end shared ---
 
 
@@ -366,7 +372,8 @@ def assistant_text(messages):
             for part in [{"type": "text", "text": parts}] if isinstance(parts, str) else parts:
                 text += around[part["type"]].format(part["text"])
             text += "<|assistant_end|>"
-    return text
+    # half of an emoji, which JSON can spell and UTF-8 cannot, is U+FFFD to the tokenizer
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def print_row(ids, mask, tokenizer, colour):

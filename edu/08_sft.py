@@ -68,7 +68,7 @@ from tqdm import tqdm
 # ---- settings ------------------------------------------------------------------------------------
 
 # What may come before a question; the identity conversations are shown with each of them.
-LEAD_UPS = ("", "Hello! ", "", "I have a question. ", "", "Please help me. ", "",
+LEAD_UPS = ("", "Good day! ", "", "I have a question. ", "", "Please help me. ", "",
             "One more thing. ")
 SAMPLE_PROMPTS = ("Who are you?", "What is the capital of France?", "What is 7 plus 5?")
 
@@ -143,17 +143,23 @@ def run_script(run, config_class, argv, description):
     """Turn argv into a config_class, call run(config), and return the exit code.
 
     0 or whatever run returns; 2 for a UserError, shown as one message without a traceback;
-    130 for Ctrl-C. tyro itself exits with 2 on a flag it does not know.
+    130 for Ctrl-C; 141 when nobody reads on. tyro itself exits with 2 on a flag it does not know.
     """
     config = tyro.cli(config_class, args=argv, description=description)
     try:
-        return run(config) or 0
+        code = run(config) or 0
+        sys.stdout.flush()  # here, where a reader that has gone can still be met
+        return code
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader has enough, as `head` has after its lines
+        # what is still to be printed goes nowhere: else Python would complain of it at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
 # --- end shared ---
 
 
@@ -887,6 +893,7 @@ def load_checkpoint(folder, tokenizer, device):
     Raises UserError when the folder holds no checkpoint or the tokenizer is another one: its ids
     would mean other words, and the model would write plausible rubbish.
     """
+    script = {"mid": "13_midtrain", "sft": "08_sft", "rl": "10_rl"}.get(folder.name, "12_pretrain")
     try:
         about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         weights = load_file(folder / "model.safetensors")
@@ -894,11 +901,11 @@ def load_checkpoint(folder, tokenizer, device):
         model.load_state_dict(weights, strict=True)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{folder} holds no checkpoint that can be read ({error}).\n"
-                        "  Train one: python edu/12_pretrain.py") from error
+                        f"  Train one: python edu/{script}.py") from error
     if trained_with != tokenizer.sha256:
         raise UserError(
             f"{folder} was trained with another tokenizer: {trained_with[:12]} there, "
-            f"{tokenizer.sha256[:12]} here.\n  Train it again: python edu/12_pretrain.py")
+            f"{tokenizer.sha256[:12]} here.\n  Train it again: python edu/{script}.py")
     return model.to(device).eval(), about
 # --- end shared ---
 
@@ -1487,7 +1494,7 @@ def measure_answers(engine, kinds):
 
 def check_sft_settings(cfg, world_size):
     if min(cfg.device_batch_size, cfg.rows_per_step, cfg.eval_every, cfg.eval_rows, cfg.log_every,
-           cfg.save_every, cfg.sample_every) < 1 or cfg.num_epochs <= 0:
+           cfg.save_every, cfg.sample_every) < 1 or not 0 < cfg.num_epochs < math.inf:
         raise UserError("batch sizes, --num-epochs and all that is done every N steps start at 1.")
     if cfg.rows_per_step % world_size:
         raise UserError(f"--rows-per-step {cfg.rows_per_step} cannot be shared by {world_size} "
@@ -1497,6 +1504,9 @@ def check_sft_settings(cfg, world_size):
     if not 0 <= cfg.calculator_share <= 1 or not 0 <= cfg.warmup_ratio < 1:
         raise UserError(f"--calculator-share {cfg.calculator_share} and --warmup-ratio "
                         f"{cfg.warmup_ratio} are shares: 0 to 1.")
+    if (cfg.data_dir / cfg.stage).resolve() == (cfg.data_dir / cfg.source).resolve():
+        raise UserError(f"--stage {cfg.stage} is the model to start from, and would be "
+                        "overwritten: give --stage another name.")
 
 
 def training_rows(cfg, tokenizer, max_tokens):
@@ -1535,15 +1545,17 @@ def validation_loss(model, rows, batch_size, dtype):
     return loss
 
 
-# What a resumed run may change without becoming another run.
-FREE_IN_SFT = {"data_dir", "resume", "eval_every", "eval_rows", "eval_prompts", "sample_every",
-                  "log_every", "save_every", "plot", "device_type", "device_batch_size"}
+# What a resumed run may change without becoming another run. Not what it is measured with: the best
+# loss and the table would compare two things.
+FREE_IN_SFT = {"data_dir", "resume", "eval_every", "sample_every", "log_every", "save_every",
+               "plot", "device_type", "device_batch_size"}
 
 
-def sft_origin(rows, tokenizer, source):
-    """What the run is made from, besides its settings: {what: fingerprint}."""
+def sft_origin(rows, held_out, tokenizer, source):
+    """What the run is made from and measured with, besides its settings: {what: fingerprint}."""
     return {"tokenizer": tokenizer.sha256[:12],
             "conversations": fingerprint(json.dumps(rows).encode()),
+            "held_out": fingerprint(json.dumps(held_out).encode()),
             "source_model": fingerprint((source / "model.safetensors").read_bytes())}
 
 
@@ -1599,9 +1611,9 @@ def train(cfg):
     optimizers, engine = build_optimizers(model, cfg, dtype), Engine(model, tokenizer)
 
     # 2. what it can do before, and where an interrupted run had come to
-    origin = sft_origin(rows, tokenizer, cfg.data_dir / cfg.source)
+    kinds = held_out_prompts(cfg.data_dir, cfg.eval_prompts)
+    origin = sft_origin(rows, [val_rows, kinds], tokenizer, cfg.data_dir / cfg.source)
     resumed = load_resume(folder, cfg, origin, FREE_IN_SFT)
-    kinds = held_out_prompts(cfg.data_dir, cfg.eval_prompts) if rank == 0 else {}
     before, first, best = {}, 0, (math.inf, 0)
     if resumed:
         model.load_state_dict(resumed["model"])
@@ -1611,8 +1623,8 @@ def train(cfg):
         before = {what: tuple(row) for what, row in resumed["before"].items()}
         print0(f"resumed at step {first} of {len(steps)}")
     else:
-        before = measure_answers(engine, kinds) if kinds else {}
         if rank == 0:
+            before = measure_answers(engine, kinds) if kinds else {}
             shutil.rmtree(folder / "best", ignore_errors=True)  # of another run
 
     def save(step, val_loss):
@@ -1730,7 +1742,7 @@ def report_sft(folder, cfg, engine, kinds, before, best, done, started):
     else:
         losses = [row["loss"] for row in done["rows"] if row["loss"] is not None]
         print(f"result: training loss {losses[0]:.3f} -> {losses[-1]:.3f} (n={done['step']})")
-    print("next: python edu/10_rl.py")
+    print("next: python edu/10_rl.py" + f" --source {cfg.stage}" * (cfg.stage != "sft"))
 
 
 # ---- the command line ----------------------------------------------------------------------------

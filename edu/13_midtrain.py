@@ -137,17 +137,23 @@ def run_script(run, config_class, argv, description):
     """Turn argv into a config_class, call run(config), and return the exit code.
 
     0 or whatever run returns; 2 for a UserError, shown as one message without a traceback;
-    130 for Ctrl-C. tyro itself exits with 2 on a flag it does not know.
+    130 for Ctrl-C; 141 when nobody reads on. tyro itself exits with 2 on a flag it does not know.
     """
     config = tyro.cli(config_class, args=argv, description=description)
     try:
-        return run(config) or 0
+        code = run(config) or 0
+        sys.stdout.flush()  # here, where a reader that has gone can still be met
+        return code
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader has enough, as `head` has after its lines
+        # what is still to be printed goes nowhere: else Python would complain of it at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
 # --- end shared ---
 
 
@@ -881,6 +887,7 @@ def load_checkpoint(folder, tokenizer, device):
     Raises UserError when the folder holds no checkpoint or the tokenizer is another one: its ids
     would mean other words, and the model would write plausible rubbish.
     """
+    script = {"mid": "13_midtrain", "sft": "08_sft", "rl": "10_rl"}.get(folder.name, "12_pretrain")
     try:
         about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         weights = load_file(folder / "model.safetensors")
@@ -888,11 +895,11 @@ def load_checkpoint(folder, tokenizer, device):
         model.load_state_dict(weights, strict=True)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{folder} holds no checkpoint that can be read ({error}).\n"
-                        "  Train one: python edu/12_pretrain.py") from error
+                        f"  Train one: python edu/{script}.py") from error
     if trained_with != tokenizer.sha256:
         raise UserError(
             f"{folder} was trained with another tokenizer: {trained_with[:12]} there, "
-            f"{tokenizer.sha256[:12]} here.\n  Train it again: python edu/12_pretrain.py")
+            f"{tokenizer.sha256[:12]} here.\n  Train it again: python edu/{script}.py")
     return model.to(device).eval(), about
 # --- end shared ---
 
@@ -1735,19 +1742,24 @@ def check_mid_settings(cfg, sequence_len, world_size):
             f"--total-batch-size {cfg.total_batch_size} is not a multiple of {tokens} = "
             f"{cfg.device_batch_size} rows x {sequence_len} tokens x {world_size} ranks: try "
             f"--total-batch-size {max(tokens, 1)}.")
-    if min(cfg.log_every, cfg.save_every) < 1 or cfg.num_iterations < 0 or cfg.num_epochs <= 0:
+    if (min(cfg.log_every, cfg.save_every) < 1 or cfg.num_iterations < 0
+            or not 0 < cfg.num_epochs < math.inf):
         raise UserError("--log-every and --save-every count from 1, --num-iterations from 0, and "
-                        "--num-epochs must be above 0.")
-    if min(cfg.chats, cfg.problems, cfg.choices, cfg.spelling, cfg.eval_questions) < 0:
-        raise UserError("weights and counts cannot be negative.")
+                        "--num-epochs must be a number above 0.")
+    weights = (cfg.chats, cfg.problems, cfg.choices, cfg.spelling)
+    if cfg.eval_questions < 0 or not all(0 <= weight < math.inf for weight in weights):
+        raise UserError("weights and counts cannot be negative, and weights must be numbers.")
     if not 0 <= cfg.warmdown_ratio <= 1:
         raise UserError(f"--warmdown-ratio {cfg.warmdown_ratio} is a share: 0 to 1.")
+    if (cfg.data_dir / cfg.stage).resolve() == (cfg.data_dir / cfg.source).resolve():
+        raise UserError(f"--stage {cfg.stage} is the model to start from, and would be "
+                        "overwritten: give --stage another name.")
     return cfg.total_batch_size // tokens
 
 
-# What a resumed run may change without becoming another run.
-FREE_IN_MID = {"data_dir", "resume", "eval_questions", "log_every", "save_every", "plot",
-               "device_type"}
+# What a resumed run may change without becoming another run. Not the questions: those before and
+# after must be the same.
+FREE_IN_MID = {"data_dir", "resume", "log_every", "save_every", "plot", "device_type"}
 
 
 def train(cfg):
@@ -1781,12 +1793,13 @@ def train(cfg):
     train_step = TrainStep(model, optimizers, dtype, world_size=world_size)
 
     # 2. what it can do before, and where an interrupted run had come to
+    held_out = held_out_data(cfg.data_dir, cfg.eval_questions, cfg.seed)
     origin = {"tokenizer": tokenizer.sha256[:12], "mixture": fingerprint(stream.numpy().tobytes()),
+              "held_out": fingerprint(json.dumps(dataclasses.asdict(held_out)).encode()),
               "source_model": fingerprint(
                   (cfg.data_dir / cfg.source / "model.safetensors").read_bytes())}
     resumed = load_resume(folder, cfg, origin, FREE_IN_MID)
     measuring = rank == 0 and cfg.eval_questions > 0
-    held_out = held_out_data(cfg.data_dir, cfg.eval_questions, cfg.seed) if measuring else None
     before, first = {}, 0
     if resumed:
         model.load_state_dict(resumed["model"])
@@ -1849,8 +1862,7 @@ def train(cfg):
     elif rank == 0:
         # 5. what it can do now
         after = measure_form(engine, held_out) if measuring else {}
-        done["table"] = {what: (n, before.get(what, (n, math.nan))[1], now)
-                         for what, (n, now) in after.items()}
+        done["table"] = {what: (n, before[what][1], now) for what, (n, now) in after.items()}
         save_checkpoint(folder, model, tokenizer, step, {
             what: {"n": n, "before": was, "after": now}
             for what, (n, was, now) in done["table"].items()}, cfg)

@@ -137,17 +137,23 @@ def run_script(run, config_class, argv, description):
     """Turn argv into a config_class, call run(config), and return the exit code.
 
     0 or whatever run returns; 2 for a UserError, shown as one message without a traceback;
-    130 for Ctrl-C. tyro itself exits with 2 on a flag it does not know.
+    130 for Ctrl-C; 141 when nobody reads on. tyro itself exits with 2 on a flag it does not know.
     """
     config = tyro.cli(config_class, args=argv, description=description)
     try:
-        return run(config) or 0
+        code = run(config) or 0
+        sys.stdout.flush()  # here, where a reader that has gone can still be met
+        return code
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader has enough, as `head` has after its lines
+        # what is still to be printed goes nowhere: else Python would complain of it at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
 # --- end shared ---
 
 
@@ -953,6 +959,7 @@ def load_checkpoint(folder, tokenizer, device):
     Raises UserError when the folder holds no checkpoint or the tokenizer is another one: its ids
     would mean other words, and the model would write plausible rubbish.
     """
+    script = {"mid": "13_midtrain", "sft": "08_sft", "rl": "10_rl"}.get(folder.name, "12_pretrain")
     try:
         about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         weights = load_file(folder / "model.safetensors")
@@ -960,11 +967,11 @@ def load_checkpoint(folder, tokenizer, device):
         model.load_state_dict(weights, strict=True)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{folder} holds no checkpoint that can be read ({error}).\n"
-                        "  Train one: python edu/12_pretrain.py") from error
+                        f"  Train one: python edu/{script}.py") from error
     if trained_with != tokenizer.sha256:
         raise UserError(
             f"{folder} was trained with another tokenizer: {trained_with[:12]} there, "
-            f"{tokenizer.sha256[:12]} here.\n  Train it again: python edu/12_pretrain.py")
+            f"{tokenizer.sha256[:12]} here.\n  Train it again: python edu/{script}.py")
     return model.to(device).eval(), about
 # --- end shared ---
 
@@ -1997,7 +2004,11 @@ def gather_questions(cfg, parts, tokenizer, sequence_len):
     if absent:
         notes.append(f"left out: {', '.join(absent)} not in {cfg.data_dir} (make them: python "
                      "edu/00_tiny_world.py)")
-    return Questions(texts, core_tasks(cfg) if "core" in parts else [], chat), notes
+    questions = Questions(texts, core_tasks(cfg) if "core" in parts else [], chat)
+    if not (questions.texts or questions.core or questions.chat):
+        raise UserError(f"there is nothing to ask: --tasks {cfg.tasks}, and {cfg.data_dir} has no "
+                        "question for it.\n  Make some: python edu/00_tiny_world.py")
+    return questions, notes
 
 
 def evaluate_stage(model, tokenizer, questions, cfg, title=""):
@@ -2057,13 +2068,25 @@ def known_evaluation(path, origin):
         return None
 
 
+# What may differ between the scores of one eval.json: each of them has its own n.
+HOW_MANY = {"tasks", "bpb_tokens", "max_per_task", "chat_per_task"}
+
+
 def scores_of_the_same(path, origin):
-    """What eval.json says of these weights: a run of some tasks leaves the other scores there."""
+    """What eval.json says of these weights: a run of some tasks leaves the other scores there.
+
+    Unless they were found in another way, by another script, temperature or test file.
+    """
+    def way(made_from):
+        settings = made_from["settings"].items()
+        return {**made_from, "questions": None,
+                "settings": {name: value for name, value in settings if name not in HOW_MANY}}
+
     try:
         known = json.loads(path.read_text(encoding="utf-8"))
-        same = known["made_from"]["weights"] == origin["weights"]
-        return dict(known["scores"]) if same else {}
-    except (OSError, ValueError, KeyError, TypeError):
+        then, now = way(known["made_from"]), way(origin)
+        return dict(known["scores"]) if all(then[k] == now[k] for k in {*then} & {*now}) else {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
 
 
@@ -2092,7 +2115,8 @@ def print_scores(found):
     """The table: score by stage, each with its 95% interval."""
     print(f"{'score':<22} {'n':>7} {'chance':>7}" + "".join(f"  {stage:>18}" for stage in found))
     for name, first in next(iter(found.values()))["scores"].items():
-        if not all(name in stage["scores"] for stage in found.values()):
+        # nor is there one n for stages that an earlier run has asked more or less
+        if {stage["scores"].get(name, {}).get("n") for stage in found.values()} != {first["n"]}:
             continue
         line = f"{name:<22} {first['n']:>7} {first['chance']:>7.3f}"
         for stage in found.values():
@@ -2142,7 +2166,8 @@ def run(cfg):
     # 3. side by side
     print_scores(found)
     first, last = next(iter(found.values())), list(found.values())[-1]
-    both = [name for name in last["scores"] if name in first["scores"]]
+    both = [name for name, score in last["scores"].items()
+            if first["scores"].get(name, {}).get("n") == score["n"]]
     name = next((name for name in ("ChatCORE", "CORE", "bits per byte, val") if name in both),
                 both[0])
     of = f"{first['stage']} against {last['stage']}" if len(found) > 1 else f"{last['stage']}"

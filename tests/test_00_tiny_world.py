@@ -4,7 +4,9 @@ import ast
 import calendar
 import hashlib
 import json
+import os
 import re
+import sys
 
 import pyarrow.parquet as pq
 import pytest
@@ -589,6 +591,17 @@ def test_more_than_there_is_to_draw_is_refused_instead_of_drawn_for_ever(make, f
                    (tiny.FACTS[:3], tiny.SUMS[:1]))
     with pytest.raises(tiny.UserError, match=f"{flag} asks for more than there is"):
         make(lambda seed: tiny.Teller(seed, facts, sums))
+
+
+def test_a_reader_that_has_enough_is_no_traceback(monkeypatch):
+    """As `python edu/00_tiny_world.py --show 9 | head -1`, also for what is printed last."""
+    for lines in (1, 100_000):
+        read, write = os.pipe()
+        os.close(read)
+        with open(write, "w", encoding="utf-8") as stdout:
+            monkeypatch.setattr(sys, "stdout", stdout)
+            code = tiny.run_script(lambda _: print("line\n" * lines), tiny.Config, [], "")
+        assert code == 141
 
 
 def test_a_folder_that_cannot_be_written_is_one_message_and_exit_2(run_script, tmp_path):

@@ -832,6 +832,14 @@ def test_a_checkpoint_of_another_tokenizer_is_refused_with_both_hashes(trained, 
     assert there[:12] in err and here[:12] in err and "12_pretrain.py" in err
 
 
+@pytest.mark.parametrize("stage, script", [
+    ("base", "12_pretrain.py"), ("mid", "13_midtrain.py"), ("sft", "08_sft.py"),
+    ("rl", "10_rl.py"), ("mine", "12_pretrain.py")])
+def test_a_stage_that_is_not_there_names_the_script_that_makes_it(tmp_path, stage, script):
+    with pytest.raises(engine.UserError, match=f"python edu/{script}"):
+        engine.load_checkpoint(tmp_path / stage, engine.byte_tokenizer(), "cpu")
+
+
 def test_a_model_without_a_tokenizer_is_refused(trained, capsys):
     (trained / "tokenizer" / "tokenizer.tiktoken").unlink()
     code, _, err = run_main(capsys, "--data-dir", trained)

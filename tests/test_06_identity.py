@@ -752,6 +752,19 @@ def test_what_was_kept_for_another_persona_does_not_slip_in(llm, ask, tmp_path):
     assert "Pip" not in (tmp_path / "my_identity.jsonl").read_text("utf-8")
 
 
+def test_a_name_that_no_check_sees_does_not_slip_in_either(llm, ask, tmp_path):
+    """Robin would otherwise be trained to say: Ask Pip!"""
+    llm.always = say(lambda asked: json.dumps(conversation_for(asked)).replace(
+        "I am Pip, a", "Just ask for Pip, a"))
+    ask(wanted=3)
+    assert "ask for Pip" in (tmp_path / "my_identity.jsonl").read_text("utf-8")
+    llm.always = say(lambda asked: json.dumps(conversation_for(asked)).replace("Pip", "Robin"))
+    code, out, _ = ask("--name", "Robin", wanted=3)
+    assert code == 0 and "no longer fits (another persona) 3" in out and len(llm.requests) == 6
+    assert "Pip" not in (tmp_path / "my_identity.jsonl").read_text("utf-8")
+    assert ask(wanted=3)[0] == 0 and len(llm.requests) == 6  # Pip's own are still there
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="sends a signal")
 @pytest.mark.parametrize("presses, kept", [(1, 5), (2, 3)])
 def test_ctrl_c_waits_for_the_answers_in_flight_and_twice_does_not(

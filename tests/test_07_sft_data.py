@@ -210,6 +210,18 @@ def test_a_line_separator_inside_of_a_text_and_a_blank_line_are_no_trouble(tmp_p
     assert sft_data.read_conversations(path) == rows
 
 
+def test_half_an_emoji_is_trained_as_a_replacement_character_and_that_is_no_fault(
+        tmp_path, capsys):
+    path = tmp_path / "cut.jsonl"
+    messages = [{"role": "user", "content": "\ud83d?"},
+                {"role": "assistant", "content": "Yes \ud83d, \ud83d\ude00."}]
+    path.write_text(json.dumps({"messages": messages}), encoding="utf-8")
+    assert sft_data.main(["--data-dir", str(tmp_path), "--file", str(path)]) == 0
+    assert "true for 1 conversations" in capsys.readouterr().out
+    ids, mask = sft_data.render_conversation(messages, tokenizer, 100)
+    assert supervised_text(ids, mask) == "Yes \ufffd, \U0001f600.<|assistant_end|>"
+
+
 @pytest.mark.parametrize("messages", [
     ["x"], [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": [5]}],
     [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": ["text"]}],

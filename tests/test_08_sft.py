@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import random
 import re
 import shutil
@@ -177,8 +178,19 @@ def test_a_conversation_begins_at_each_of_its_exchanges_in_turn_and_is_led_up_to
              for role in ("user", "assistant")]
     shown = [sft.shown_again({"messages": turns}, i)["messages"] for i in range(5)]
     assert shown[:3] == [turns, turns[2:], turns[4:]]
-    assert [rows[0]["content"] for rows in shown[3:]] == ["Hello! user 0", "Hello! user 1"]
+    assert [rows[0]["content"] for rows in shown[3:]] == ["Good day! user 0", "Good day! user 1"]
     assert shown[3][1:] == turns[1:] and turns[0]["content"] == "user 0"
+
+
+def test_no_lead_up_turns_a_question_of_the_identity_into_a_held_out_one():
+    """"Hello! " before "What are you called?" once did, but for a comma."""
+    identity = load("06_identity")
+    held_out = {tuple(identity.word_list(prompt)) for prompt in identity.HELD_OUT_PROMPTS}
+    asked = {*identity.STARTER_PROMPTS, *(question for subject in identity.TALK.values()
+                                          for question in identity.phrases(subject.later))}
+    assert len(asked) > 100 and ("hello", "what", "are", "you", "called") in held_out
+    for lead_up in sft.LEAD_UPS:
+        assert not {tuple(identity.word_list(lead_up + question)) for question in asked} & held_out
 
 
 # ---- the run -------------------------------------------------------------------------------------
@@ -199,11 +211,13 @@ def test_it_learns_to_answer_and_to_stop_and_says_so(world, capsys):
     cfg = settings(world, "learns", num_epochs=25, eval_every=50, save_every=1000, log_every=50,
                    eval_prompts=10, plot=True)
     done = sft.train(cfg)
+    out = capsys.readouterr().out
+    assert out.endswith("next: python edu/10_rl.py --source learns\n")  # not sft
     assert done["table"]["facts"][1] == 0 and done["table"]["facts"][2] >= 0.8
     assert done["table"]["identity"] == (1, 0.0, 1.0)
     assert done["table"]["replies that stop"][2] == 1.0
     assert done["rows"][0]["loss"] > 5 * done["rows"][-1]["loss"]
-    out, folder = capsys.readouterr().out, world / "learns"
+    folder = world / "learns"
     for name in re.findall(r"^wrote (\S+)", out, re.MULTILINE):
         assert (world / name).stat().st_size > 0
     assert {"best/model.safetensors", "loss.png"} <= {str(p.relative_to(folder))
@@ -297,6 +311,15 @@ def test_another_run_is_not_resumed_by_mistake(world, tmp_path):
     with pytest.raises(sft.UserError, match="conversations [0-9a-f]{12} -> [0-9a-f]{12}"):
         sft.train(again)
     chats.write_text(before, encoding="utf-8")
+    # nor one that would be measured with other questions: best and before are of the first ones
+    with pytest.raises(sft.UserError, match="eval_rows 3 -> 4, eval_prompts 2 -> 0, held_out"):
+        sft.train(dataclasses.replace(again, eval_rows=3, eval_prompts=2))
+    test = tmp_path / "tiny_chat_test.jsonl"
+    kept = test.read_text(encoding="utf-8")
+    test.write_text(kept.replace("Please", "Now"), encoding="utf-8")
+    with pytest.raises(sft.UserError, match="held_out [0-9a-f]{12} -> [0-9a-f]{12}"):
+        sft.train(again)
+    test.write_text(kept, encoding="utf-8")
     save_file({name: weight * 1.001 for name, weight in load_file(base).items()}, base)
     with pytest.raises(sft.UserError, match="source_model [0-9a-f]{12} -> [0-9a-f]{12}"):
         sft.train(again)
@@ -364,6 +387,19 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_checkpoint(world, 
     with pytest.raises(sft.TrainingFailed, match="diverged.*\n.*--matrix-lr"):
         sft.train(settings(world, "diverges", num_epochs=0.1))
     assert all(torch.equal(before[n], w) for n, w in weights(world / "diverges").items())
+
+
+@pytest.mark.parametrize("epochs", [0.0, math.inf, math.nan])
+def test_a_number_of_epochs_that_no_run_can_have_is_refused(world, epochs):
+    with pytest.raises(sft.UserError, match="--num-epochs"):
+        sft.train(settings(world, "never", num_epochs=epochs))
+
+
+def test_the_model_that_a_run_starts_from_is_never_overwritten(world):
+    before = weights(world / "base")
+    with pytest.raises(sft.UserError, match="would be overwritten"):
+        sft.train(settings(world, "sft/../base"))
+    assert all(torch.equal(before[n], w) for n, w in weights(world / "base").items())
 
 
 @pytest.mark.parametrize("flags, words", [

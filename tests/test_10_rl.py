@@ -461,6 +461,18 @@ def test_another_run_is_not_resumed_by_mistake(world, changes, words, tmp_path):
         rl.train(settings(world, "mine", **{"num_steps": 2, "resume": True, **changes}))
 
 
+def test_a_run_is_not_resumed_with_other_problems_held_out(world, tmp_path):
+    """Its accuracy before was that on the first ones."""
+    for name in ("tokenizer", "sft", "tiny_gsm_train.jsonl"):
+        (tmp_path / name).symlink_to(world / name)
+    held_out = (world / "tiny_gsm_test.jsonl").read_text(encoding="utf-8").splitlines(True)
+    (tmp_path / "tiny_gsm_test.jsonl").write_text("".join(held_out), encoding="utf-8")
+    rl.train(settings(tmp_path, "mine", num_steps=1))
+    (tmp_path / "tiny_gsm_test.jsonl").write_text("".join(held_out[::-1]), encoding="utf-8")
+    with pytest.raises(rl.UserError, match=r"then\): held_out [0-9a-f]{12} -> [0-9a-f]{12}"):
+        rl.train(settings(tmp_path, "mine", num_steps=1, resume=True))
+
+
 def test_a_budget_in_minutes_counts_what_ran_before_the_resume(world, capsys):
     cfg = settings(world, "clock", num_steps=4)
     rl.train(cfg)
@@ -470,6 +482,21 @@ def test_a_budget_in_minutes_counts_what_ran_before_the_resume(world, capsys):
     torch.save(state, world / "clock" / "resume.pt")
     rl.train(settings(world, "clock", num_steps=4, max_minutes=59.0, resume=True))
     assert "--max-minutes 59 is over at step 1" in capsys.readouterr().out
+
+
+def test_ctrl_c_in_the_last_look_costs_no_step(world, monkeypatch):
+    looks = iter([(0.5, 0.0)])
+
+    def look(*_):
+        try:
+            return next(looks)
+        except StopIteration:
+            raise KeyboardInterrupt from None
+
+    monkeypatch.setattr(rl, "greedy_accuracy", look)
+    with pytest.raises(KeyboardInterrupt):
+        rl.train(settings(world, "looked", num_steps=3))
+    assert torch.load(world / "looked" / "resume.pt", weights_only=True)["step"] == 3
 
 
 def test_it_refuses_to_start_where_nothing_succeeds_and_says_why(world, capsys):
@@ -509,6 +536,11 @@ def test_reward_hacking_is_named_only_where_the_reward_rose_and_the_answers_did_
     rl.report_hacking([{"reward": 0.3, "length": 30}, {"reward": paid, "length": 70}], 0.1, after)
     out = capsys.readouterr().out
     assert ("This is reward hacking" in out) is hacks and "from 30 to 70 tokens" in out
+
+
+def test_the_model_that_a_run_starts_from_is_never_overwritten(world):
+    with pytest.raises(rl.UserError, match="would be overwritten"):
+        rl.train(settings(world, "./sft"))
 
 
 @pytest.mark.parametrize("flags, words", [

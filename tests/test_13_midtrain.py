@@ -344,6 +344,8 @@ def test_another_run_is_not_resumed_by_mistake(world):
         mid.train(settings(world, "other", num_iterations=2, resume=True, matrix_lr=0.5))
     with pytest.raises(mid.UserError, match="mixture"):
         mid.train(settings(world, "other", num_iterations=2, resume=True, chats=2.0))
+    with pytest.raises(mid.UserError, match="eval_questions 3 -> 0, held_out"):
+        mid.train(settings(world, "other", num_iterations=2, resume=True, eval_questions=3))
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_checkpoint(world, monkeypatch):
@@ -361,7 +363,9 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_checkpoint(world, 
     (("--mix", "mine"), "NAME=PATH:WEIGHT"), (("--mix", "mine=no.jsonl:1"), "no.jsonl"),
     (("--mix", "chats=x.jsonl"), "take another"), (("--chats", "-1"), "negative"),
     (("--chats", "0", "--problems", "0", "--choices", "0", "--spelling", "0"), "00_tiny_world.py"),
-    (("--warmdown-ratio", "2"), "share"), (("--num-epochs", "0"), "above 0")])
+    (("--warmdown-ratio", "2"), "share"), (("--num-epochs", "0"), "above 0"),
+    (("--num-epochs", "inf"), "a number above 0"), (("--chats", "nan"), "must be numbers"),
+    (("--stage", "./base"), "would be overwritten")])
 def test_a_mistake_is_one_message(world, capsys, flags, words):
     small = ("--total-batch-size", "768")
     assert mid.main(["--data-dir", str(world), "--stage", "wrong", *small, *flags]) == 2

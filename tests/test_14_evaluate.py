@@ -8,6 +8,7 @@ import json
 import math
 import os
 import random
+import shutil
 import sys
 import time
 import types
@@ -866,6 +867,41 @@ def test_a_part_measured_alone_keeps_the_scores_of_the_others_and_fresh_does_not
     assert "ChatCORE" in both and core.items() <= both.items()
     assert ev.main([*flags, "--tasks", "chat", "--fresh"]) == 0
     assert not set(core) & set(evaluation(copied, "base")["scores"])
+
+
+def test_scores_that_were_found_in_another_way_do_not_stay_beside_new_ones(copied):
+    flags = ["--data-dir", str(copied), "--compare", "base", "--chat-per-task", "4",
+             "--max-new-tokens", "4", "--max-per-task", "2"]
+    for changed in (["--temperature", "1"], []):
+        assert ev.main([*flags, "--tasks", "chat", *changed]) == 0
+        if not changed:  # the questions are the same, but not what is right
+            chats = copied / "tiny_chat_test.jsonl"
+            text = chats.read_text(encoding="utf-8")
+            chats.unlink()  # it is a link
+            chats.write_text(text + text.splitlines()[0] + "\n", encoding="utf-8")
+        assert ev.main([*flags, "--tasks", "core"]) == 0
+        scores = evaluation(copied, "base")["scores"]
+        assert "CORE" in scores and "ChatCORE" not in scores
+
+
+def test_where_nothing_can_be_asked_nothing_is_written(copied, capsys):
+    for name in ("tiny_chat_test.jsonl", "tiny_gsm_test.jsonl"):
+        (copied / name).unlink()
+    assert ev.main(["--data-dir", str(copied), "--compare", "base", "--tasks", "chat"]) == 2
+    assert "there is nothing to ask: --tasks chat" in capsys.readouterr().err
+    assert not (copied / "base" / "eval.json").exists()
+
+
+def test_no_row_and_no_result_compares_scores_of_different_n(world, copied, capsys):
+    shutil.copytree(world / "sft", copied / "sft", ignore=shutil.ignore_patterns("eval.json"))
+    flags = ["--data-dir", str(copied), "--max-new-tokens", "4", "--bpb-tokens", "64"]
+    for stage, count in (("base", "2"), ("sft", "3")):
+        assert ev.main([*flags, "--stage", stage, "--tasks", "core", "--max-per-task", count]) == 0
+    capsys.readouterr()
+    assert ev.main([*flags, "--compare", "base,sft", "--tasks", "bpb"]) == 0
+    out = capsys.readouterr().out
+    assert "CORE  " not in out and "result: bits per byte, val, base against sft" in out
+    assert "CORE" in evaluation(copied, "sft")["scores"]
 
 
 def test_without_one_of_its_tasks_there_is_no_chatcore(world, copied, capsys):

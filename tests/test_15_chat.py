@@ -524,6 +524,17 @@ def test_a_file_grows_by_a_line_and_a_line_grows_with_its_talk(talk, tmp_path):
     assert said == [["one", "x", "two", "x"], ["three", "x"]]
 
 
+def test_a_line_end_of_unicode_in_a_text_and_blank_lines_are_no_lines_of_the_file(talk, tmp_path):
+    path = tmp_path / "a.jsonl"
+    first = '{"messages": [{"role": "user", "content": "a\u2028b"}]}'
+    path.write_text(first + "\n\n", encoding="utf-8")
+    told, shown = talk(say("x"))
+    chat.converse(told, Lines("one", f"/save {path}", f"/load {path} 2"))
+    lines = path.read_text(encoding="utf-8").split("\n")
+    assert lines[0] == first and len(lines) == 3 and json.loads(lines[1])["messages"]
+    assert "saved as line 2 of" in shown.getvalue() and "(line 2 of" in shown.getvalue()
+
+
 def test_a_file_that_holds_something_else_is_never_overwritten(talk, tmp_path):
     path = tmp_path / "README.md"
     path.write_text("# precious\n")

@@ -205,6 +205,8 @@ def test_a_second_run_skips_all_that_is_up_to_date(finished):
 def test_fresh_runs_every_stage_again(finished):
     assert finished.run(FRESH=1).returncode == 0
     assert finished.ran() == STAGES
+    # 14 has a memory of its own, and to the bit the same weights as before
+    assert "--fresh" in finished.flags["evaluate"]
 
 
 @pytest.mark.parametrize(
