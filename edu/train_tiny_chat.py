@@ -315,10 +315,15 @@ def run(args):
 
 def main(argv: list[str] | None = None) -> int:
     try:
-        return run(read_flags(argv))
+        code = run(read_flags(argv))
+        sys.stdout.flush()  # here, where a reader that has gone can still be met
+        return code
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader has enough, as `head` has after its lines
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
 
 
 if __name__ == "__main__":

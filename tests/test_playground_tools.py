@@ -760,6 +760,15 @@ def test_predictions_agree_with_the_models_own_loss(here):
     assert confidence == pytest.approx(1 / tokenizer.vocab_size, rel=1e-4)
 
 
+def test_a_reader_that_has_enough_is_no_traceback(here, monkeypatch):
+    """As `tp generate --run-id two | head -1`."""
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w", encoding="utf-8") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert cli.main(["generate", "--run-id", "two"]) == 141
+
+
 def test_no_samples_is_no_crash_and_a_strange_text_cannot_command_the_terminal(here, capsys,
                                                                                monkeypatch):
     assert cli.main(["report", "--run-id", "two", "--checkpoint", "last", "--n-samples", "0"]) == 0

@@ -245,6 +245,14 @@ def test_ctrl_c_is_one_line_without_a_traceback(chat, monkeypatch):
     assert code == 130 and err == "stopped by Ctrl-C\n"
 
 
+def test_a_reader_that_has_enough_is_no_traceback(monkeypatch):
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w", encoding="utf-8") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert tiny.main(["--steps", "1"]) == 141
+
+
 def test_the_held_out_end_is_never_trained_on(chat, tmp_path):
     text = PARTS * 30
     file = tmp_path / "chat.txt"

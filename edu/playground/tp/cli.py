@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import os
 import sys
 
 from tp.errors import UserError
@@ -30,14 +31,20 @@ def make_parser(command):
 
 
 def main(argv=None):
-    """Run one command; returns the exit code: 0, 2 for a user's mistake, 130 for Ctrl-C."""
+    """Run one command; returns the exit code: 0, 2 for a user's mistake, 130 for Ctrl-C, 141
+    when nobody reads on."""
     argv = sys.argv[1:] if argv is None else argv
     try:
         args = make_parser(argv[0] if argv else None).parse_args(argv)
-        return importlib.import_module(COMMANDS[args.command][0]).main(args) or 0
+        code = importlib.import_module(COMMANDS[args.command][0]).main(args) or 0
+        sys.stdout.flush()  # here, where a reader that has gone can still be met
+        return code
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader has enough, as `head` has after its lines
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except OSError as error:  # a full disk, a folder that may not be written
         print(f"error: {error}", file=sys.stderr)
         return 2
