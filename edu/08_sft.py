@@ -68,7 +68,7 @@ from tqdm import tqdm
 # ---- settings ------------------------------------------------------------------------------------
 
 # What may come before a question; the identity conversations are shown with each of them.
-LEAD_UPS = ("", "Good day! ", "", "I have a question. ", "", "Please help me. ", "",
+LEAD_UPS = ("", "Hello! ", "", "I have a question. ", "", "Please help me. ", "",
             "One more thing. ")
 SAMPLE_PROMPTS = ("Who are you?", "What is the capital of France?", "What is 7 plus 5?")
 
@@ -1412,11 +1412,16 @@ def in_the_head(messages):
     return [{**message, "content": plain(message["content"])} for message in messages]
 
 
-def shown_again(conversation, repeat):
+def plain_words(text):
+    """Lower-case words, no marks: what counts when texts are compared."""
+    return re.findall(r"\w+", text.lower())
+
+
+def shown_again(conversation, repeat, held_out=()):
     """The conversation for its next showing: from another of its exchanges on, led up to otherwise.
 
     What is asked later may be asked first; and whoever has heard a question in one way only takes
-    every other way for another question.
+    every other way for another question. held_out: the plain_words of prompts that stay unseen.
     """
     messages = conversation["messages"]
     if messages[0]["role"] == "system" or len(messages) < 2:
@@ -1424,6 +1429,8 @@ def shown_again(conversation, repeat):
     turn, exchange = divmod(repeat, len(messages) // 2)
     first, *rest = messages[2 * exchange :]
     content = LEAD_UPS[turn % len(LEAD_UPS)] + first["content"]
+    if plain_words(content) in held_out:  # "Hello! What are you called?" is one of them
+        content = first["content"]
     return {"messages": [{**first, "content": content}, *rest]}
 
 
@@ -1512,6 +1519,9 @@ def check_sft_settings(cfg, world_size):
 def training_rows(cfg, tokenizer, max_tokens):
     """All rows of an epoch, and one line about each file. Raises UserError when there are none."""
     generator, rows, lines = torch.Generator().manual_seed(cfg.seed), [], []
+    test = cfg.data_dir / "my_identity_test.jsonl"
+    held_out = [plain_words(conversation["messages"][0]["content"])
+                for conversation in (read_conversations(test) if test.exists() else [])]
     for name, wanted in (("my_identity.jsonl", cfg.identity_rows), ("tiny_chat_train.jsonl", 1),
                          ("tiny_gsm_train.jsonl", 1)):
         if not wanted or not (cfg.data_dir / name).exists():
@@ -1523,8 +1533,9 @@ def training_rows(cfg, tokenizer, max_tokens):
             shown = torch.rand(len(conversations), generator=generator) < cfg.calculator_share
             conversations = [row if with_tool else {"messages": in_the_head(row["messages"])}
                              for row, with_tool in zip(conversations, shown)]
-        new, counts = render_rows([shown_again(conversation, repeat) for repeat in range(repeats)
-                                   for conversation in conversations], tokenizer, max_tokens)
+        new, counts = render_rows([shown_again(conversation, repeat, held_out)
+                                   for repeat in range(repeats) for conversation in conversations],
+                                  tokenizer, max_tokens)
         rows += new
         lines.append(f"{name}: {len(conversations)} conversations x {repeats}, {len(new)} rows, "
                      f"{counts['cut']} cut, {counts['dropped']} dropped")

@@ -178,19 +178,22 @@ def test_a_conversation_begins_at_each_of_its_exchanges_in_turn_and_is_led_up_to
              for role in ("user", "assistant")]
     shown = [sft.shown_again({"messages": turns}, i)["messages"] for i in range(5)]
     assert shown[:3] == [turns, turns[2:], turns[4:]]
-    assert [rows[0]["content"] for rows in shown[3:]] == ["Good day! user 0", "Good day! user 1"]
+    assert [rows[0]["content"] for rows in shown[3:]] == ["Hello! user 0", "Hello! user 1"]
     assert shown[3][1:] == turns[1:] and turns[0]["content"] == "user 0"
 
 
 def test_no_lead_up_turns_a_question_of_the_identity_into_a_held_out_one():
-    """"Hello! " before "What are you called?" once did, but for a comma."""
+    """"Hello! " before "What are you called?" would, but for a comma."""
     identity = load("06_identity")
-    held_out = {tuple(identity.word_list(prompt)) for prompt in identity.HELD_OUT_PROMPTS}
+    held_out = [identity.word_list(prompt) for prompt in identity.HELD_OUT_PROMPTS]
     asked = {*identity.STARTER_PROMPTS, *(question for subject in identity.TALK.values()
                                           for question in identity.phrases(subject.later))}
-    assert len(asked) > 100 and ("hello", "what", "are", "you", "called") in held_out
-    for lead_up in sft.LEAD_UPS:
-        assert not {tuple(identity.word_list(lead_up + question)) for question in asked} & held_out
+    assert len(asked) > 100 and ["hello", "what", "are", "you", "called"] in held_out
+    for question in asked:
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": "."}]
+        for i in range(len(sft.LEAD_UPS)):
+            shown = sft.shown_again({"messages": turns}, i, held_out)["messages"][0]["content"]
+            assert sft.plain_words(shown) not in held_out
 
 
 # ---- the run -------------------------------------------------------------------------------------
