@@ -17,9 +17,10 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 import torch
-from conftest import load, script_path
+from conftest import load, script_path, wait_for
 from safetensors.torch import save_file
 
 chat = load("15_chat")
@@ -757,7 +758,9 @@ def test_a_talk_in_a_terminal(typist, data):
     assert f"Hi {EMOJI}" in one.wait("you> ")
     one.type("half a line")
     one.wait("half a line")
-    time.sleep(0.3)  # Python misses a signal between a prompt and its wait for keys until the next
+    # Python misses a signal between a prompt and its wait for keys, until the next key
+    wait_for(lambda: psutil.Process(one.process.pid).status() == psutil.STATUS_SLEEPING,
+             one.process)
     one.type("\x03")  # Ctrl-C at the prompt
     one.wait("Ctrl-D ends the program")
     one.wait("you> ")

@@ -52,6 +52,7 @@ from train import (
     run_cli,
     say_ladder,
     say_stopped,
+    say_wrote,
     seen_now,
     seen_texts,
 )
@@ -237,8 +238,7 @@ def finish(model, itos, result, args, trained_on, **about):
     """Write the model if asked to, and say what comes next. The exit code."""
     if args.output:
         save_gpt(args.output, model, "".join(itos), trained_on=trained_on, **about)
-        print(f"wrote {args.output} (weights), {settings_path(args.output)} (vocabulary, "
-              "hyperparameters)")
+        say_wrote(args.output)
         print(f"next: python advanced.py --decode-beta 0,0.5,1,2 --wanted g --init {args.output}")
     else:
         print("nothing was written, for want of --output")

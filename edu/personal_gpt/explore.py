@@ -47,6 +47,7 @@ from train import (
     row_losses,
     run_cli,
     say_ladder,
+    say_result,
     say_stopped,
     seen_now,
     seen_texts,
@@ -817,7 +818,7 @@ def run_explore(args):
     if args.ask:
         return answer(args, rows, columns, prompts)
 
-    # 2. learn: from all rows for the model that is kept, from halves to judge the rows
+    # 2. learn: one model to keep, and one for each fold, to judge rows it has not seen
     facts = say_data(args.data, rows, bad, notes)
     one = learn(rows, args, alphabet, show=True)
     if args.output:  # now, so that Ctrl-C in what follows loses nothing
@@ -829,11 +830,7 @@ def run_explore(args):
             explore(one, rows, bad, facts, columns, prompts, alphabet, report, args)
     except KeyboardInterrupt:
         one["stopped"] = True
-    if args.output:
-        print(f"wrote {args.output} (weights), {settings_path(args.output)} (vocabulary, "
-              "hyperparameters)")
-    print(f"result: val loss {one['before']:.3f} -> {one['after']:.3f} nats per character "
-          f"(n={int((one['val'][1] != IGNORE).sum()):,})")
+    say_result(one, one["val"][1], args.output)
     # quoted for the shell, which would carry out a $(...) that stands in the data
     again = f"next: python explore.py --data {shlex.quote(args.data)}"
     print(f"{again} --ask {shlex.quote(args.output)} --complete "

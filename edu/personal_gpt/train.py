@@ -16,6 +16,7 @@ import hashlib
 import io
 import math
 import os
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -465,6 +466,18 @@ def say_ladder(train, val, V, loss):
           ", ".join(f"{name} {value:.3f}" for name, value in steps.items()) + f" (n={n:,})")
 
 
+def say_wrote(path):
+    print(f"wrote {path} (weights), {settings_path(path)} (vocabulary, hyperparameters)")
+
+
+def say_result(result, val_targets, output):
+    """The closing lines of a training; val_targets (N, T) are what its loss was measured on."""
+    if output:
+        say_wrote(output)
+    print(f"result: val loss {result['before']:.3f} -> {result['after']:.3f} nats per character "
+          f"(n={int((val_targets != IGNORE).sum()):,})")
+
+
 def say_stopped(result, output):
     """After Ctrl-C: what is there, and how to go on. The exit code."""
     if not result["stopped"]:
@@ -522,13 +535,11 @@ def run_train(args):
         print(f"a sample (temperature 0.8)\n{decode(sample[0], itos).rstrip()}\n")
     except KeyboardInterrupt:
         result["stopped"] = True
-    if args.output:
-        print(f"wrote {args.output} (weights), {settings_path(args.output)} (vocabulary, "
-              "hyperparameters)")
-    print(f"result: val loss {result['before']:.3f} -> {result['after']:.3f} nats per character "
-          f"(n={int((val[1][:VAL_ROWS] != IGNORE).sum()):,})")
-    print(f"next: python advanced.py --calibrate {args.text} --init {args.output}" if args.output
-          else f"next: keep the model: python train.py --text {args.text} --output gpt.pth")
+    say_result(result, val[1][:VAL_ROWS], args.output)
+    text = shlex.quote(args.text)
+    print(f"next: python advanced.py --calibrate {text} --init {shlex.quote(args.output)}"
+          if args.output else
+          f"next: keep the model: python train.py --text {text} --output gpt.pth")
     return say_stopped(result, args.output)
 
 

@@ -23,8 +23,7 @@ from tp.data import (
 )
 from tp.errors import UserError
 from tp.files import write_json
-from tp.runs import CHECKPOINTS, Run
-from tp.sample import add_sampling_arguments, check_sampling, generate_ids, sampling_options
+from tp.sample import add_arguments, generate_ids, open_run  # noqa: F401 (cli calls the first)
 from tp.tables import is_number, number, spell, table, visible
 from tp.textstats import (
     calibration,
@@ -41,21 +40,8 @@ from tp.textstats import (
 MOST_TRAINING = 5000  # training phrases that the training loss is taken from; more add no digit
 
 
-def add_arguments(parser):
-    parser.add_argument("--runs-dir", default="runs", metavar="DIR")
-    parser.add_argument("--run-id", required=True, metavar="ID")
-    parser.add_argument("--checkpoint", default="best_val", choices=CHECKPOINTS)
-    add_sampling_arguments(parser)
-
-
 def main(args):
-    run = Run.open(args.runs_dir, args.run_id)
-    model, tokenizer, config, state = run.load_model(args.checkpoint)
-    torch.set_num_threads(config.train.threads)  # to the bit, whatever the machine
-    options = sampling_options(args, config)
-    check_sampling(**{k: v for k, v in options.items() if k != "prompt"})
-    print(f"tp report - cpu - {model.count_parameters() / 1e6:.2f}M params - {args.checkpoint} of "
-          f"{run.run_id}, step {state['step']} - seed {options['seed']}")
+    run, model, tokenizer, config, state, options = open_run(args)
     print(f"{options['n_samples']} samples - "
           + ("unconditional" if options["prompt"] is None else f"prompt {options['prompt']!r}")
           + "".join(f" - {name} {spell(options[name])}" for name in

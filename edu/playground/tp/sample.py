@@ -136,13 +136,21 @@ def add_arguments(parser):
     add_sampling_arguments(parser)
 
 
-def main(args):
-    """`tp generate`."""
+def open_run(args):
+    """What a command that samples from one run begins with: its headline, and
+    (run, model, tokenizer, config, state, sampling options). Raises UserError."""
     run = Run.open(args.runs_dir, args.run_id)
     model, tokenizer, config, state = run.load_model(args.checkpoint)
-    torch.set_num_threads(config.train.threads)
+    torch.set_num_threads(config.train.threads)  # to the bit, whatever the machine
     options = sampling_options(args, config)
-    print(f"tp generate - cpu - {model.count_parameters() / 1e6:.2f}M params - "
-          f"{args.checkpoint} of {args.run_id}, step {state['step']} - seed {options['seed']}")
+    check_sampling(**{k: v for k, v in options.items() if k != "prompt"})
+    print(f"tp {args.command} - cpu - {model.count_parameters() / 1e6:.2f}M params - "
+          f"{args.checkpoint} of {run.run_id}, step {state['step']} - seed {options['seed']}")
+    return run, model, tokenizer, config, state, options
+
+
+def main(args):
+    """`tp generate`."""
+    _, model, tokenizer, _, _, options = open_run(args)
     for text in generate(model, tokenizer, **options):
         print(visible(text))  # each on a line, whatever bytes the model has put together
