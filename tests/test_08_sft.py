@@ -182,6 +182,16 @@ def test_a_conversation_begins_at_each_of_its_exchanges_in_turn_and_is_led_up_to
     assert shown[3][1:] == turns[1:] and turns[0]["content"] == "user 0"
 
 
+def test_a_lead_up_is_left_out_where_the_row_would_be_a_held_out_prompt(world, tmp_path):
+    write_jsonl(tmp_path / "my_identity.jsonl", [chat("Who are you?", "I am Pip.")])
+    write_jsonl(tmp_path / "my_identity_test.jsonl", [chat("hello, who ARE you", "Pip")])
+    tokenizer = sft.Tokenizer.from_dir(world / "tokenizer")
+    rows, _ = sft.training_rows(settings(tmp_path, "x", identity_rows=8), tokenizer, 65)
+    texts = [tokenizer.decode(ids) for ids, _ in rows]
+    assert len(texts) == 8 and not any("Hello! Who" in text for text in texts)
+    assert sum("Please help me. Who are you?" in text for text in texts) == 1
+
+
 def test_no_lead_up_turns_a_question_of_the_identity_into_a_held_out_one():
     """"Hello! " before "What are you called?" would, but for a comma."""
     identity = load("06_identity")
